@@ -1,1 +1,47 @@
-"""To be filled by the package's public names."""
+"""Patching, token order, transformers, tail-drop, ElasticTok, presets, weights in and out."""
+
+import os
+
+if os.environ.get("ELASTICTOK_TYPECHECK") == "1":
+    from jaxtyping import install_import_hook
+
+    install_import_hook("elastictok.models", "beartype.beartype")
+
+from . import presets
+from ._elastictok import Cache, Decoder, ElasticTok, ElasticTokOutput, Encoder, trainable
+from ._io import ModelFileError, fingerprint, load, save
+from ._order import AbstractOrder, CoarseToFine, Raster
+from ._patching import Patching
+from ._rope import rotary, rotate
+from ._taildrop import AbstractTailDrop, FixedDrop, LogUniformDrop, UniformDrop
+from ._transformer import KVCache, Linear, RMSNorm, SwiGLU, Transformer, count_parameters
+
+__all__ = [
+    "AbstractOrder",
+    "AbstractTailDrop",
+    "Cache",
+    "CoarseToFine",
+    "Decoder",
+    "ElasticTok",
+    "ElasticTokOutput",
+    "Encoder",
+    "FixedDrop",
+    "KVCache",
+    "Linear",
+    "LogUniformDrop",
+    "ModelFileError",
+    "Patching",
+    "RMSNorm",
+    "Raster",
+    "SwiGLU",
+    "Transformer",
+    "UniformDrop",
+    "count_parameters",
+    "fingerprint",
+    "load",
+    "presets",
+    "rotary",
+    "rotate",
+    "save",
+    "trainable",
+]

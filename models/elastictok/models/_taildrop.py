@@ -1,0 +1,60 @@
+"""Tail-drop policies: how many tokens of each block a training step keeps."""
+
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+
+class AbstractTailDrop(eqx.Module):
+    """Draws kept lengths inside the jitted training step."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, key: Key[Array, ""], blocks: int, min_tokens: int, max_tokens: int
+    ) -> Int[Array, "blocks"]:
+        """Kept tokens of each block, independently drawn.
+
+        **Arguments:**
+
+        - `key`: of the step and example.
+        - `blocks`: how many lengths.
+        - `min_tokens`, `max_tokens`: bounds of a length, both allowed.
+        """
+
+
+class UniformDrop(AbstractTailDrop):
+    """All lengths equally often: `l ~ U{min_tokens..max_tokens}` (2410.08368, algorithm 1)."""
+
+    def __call__(
+        self, key: Key[Array, ""], blocks: int, min_tokens: int, max_tokens: int
+    ) -> Int[Array, "blocks"]:
+        return jax.random.randint(key, (blocks,), min_tokens, max_tokens + 1, dtype=jnp.int32)
+
+
+class LogUniformDrop(AbstractTailDrop):
+    """Every octave of lengths equally often: trains short lengths more than `UniformDrop` does."""
+
+    def __call__(
+        self, key: Key[Array, ""], blocks: int, min_tokens: int, max_tokens: int
+    ) -> Int[Array, "blocks"]:
+        low, high = jnp.log(float(min_tokens)), jnp.log(max_tokens + 1.0)
+        drawn = jnp.exp(jax.random.uniform(key, (blocks,), minval=low, maxval=high))
+        return jnp.clip(jnp.floor(drawn).astype(jnp.int32), min_tokens, max_tokens)
+
+
+class FixedDrop(AbstractTailDrop):
+    """Always the same length (clipped to the bounds): trains a fixed-length baseline."""
+
+    length: int = eqx.field(static=True)
+
+    def __check_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"length is {self.length}; it must be at least 1")
+
+    def __call__(
+        self, key: Key[Array, ""], blocks: int, min_tokens: int, max_tokens: int
+    ) -> Int[Array, "blocks"]:
+        return jnp.full((blocks,), min(max(self.length, min_tokens), max_tokens), jnp.int32)

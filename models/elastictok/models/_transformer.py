@@ -1,0 +1,240 @@
+"""Pre-norm transformer layers, stacked and scanned, with rotary positions and a KV cache."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key
+
+from elastictok.attention import AbstractMask, KeyValid, attention
+
+from ._rope import rotary, rotate
+
+
+class Linear(eqx.Module):
+    """A matrix without bias, kernel `[in, out]`."""
+
+    weight: Float[Array, "*layers in_dim out_dim"]
+
+    def __init__(self, in_dim: int, out_dim: int, *, std: float, key: Key[Array, ""]):
+        self.weight = std * jax.random.normal(key, (in_dim, out_dim))
+
+    def __call__(self, x: Float[Array, "tokens in_dim"]) -> Float[Array, "tokens out_dim"]:
+        return x @ self.weight.astype(x.dtype)
+
+
+class RMSNorm(eqx.Module):
+    """Root-mean-square norm (arXiv 1910.07467), always in float32."""
+
+    weight: Float[Array, "*layers dim"]
+    eps: float = eqx.field(static=True)
+
+    def __init__(self, dim: int, eps: float):
+        self.weight = jnp.ones(dim)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens dim"]:
+        square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(square + self.eps) * self.weight
+
+
+class KVCache(eqx.Module):
+    """Keys (rotated) and values of the last `window` blocks of one stream, as a ring.
+
+    A block's place in the ring is its number modulo the window, so a full cache forgets the oldest
+    block. Keys carry their position by rotation: their order in memory does not matter.
+    """
+
+    keys: Float[Array, "layers window tokens kv_heads head_dim"]
+    values: Float[Array, "layers window tokens kv_heads head_dim"]
+    count: Int[Array, ""]
+
+    @property
+    def window(self) -> int:
+        """Blocks that the cache holds."""
+        return self.keys.shape[1]
+
+
+class SelfAttention(eqx.Module):
+    query: Linear
+    key: Linear
+    value: Linear
+    out: Linear
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, dim: int, heads: int, *, std: float, key: Key[Array, ""]):
+        q, k, v, o = jax.random.split(key, 4)
+        self.query = Linear(dim, dim, std=std, key=q)
+        self.key = Linear(dim, dim, std=std, key=k)
+        self.value = Linear(dim, dim, std=std, key=v)
+        self.out = Linear(dim, dim, std=std, key=o)
+        self.heads = heads
+
+
+class SwiGLU(eqx.Module):
+    """Gated feed-forward layer (arXiv 2002.05202)."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+    def __init__(self, dim: int, hidden: int, *, std: float, key: Key[Array, ""]):
+        g, u, d = jax.random.split(key, 3)
+        self.gate = Linear(dim, hidden, std=std, key=g)
+        self.up = Linear(dim, hidden, std=std, key=u)
+        self.down = Linear(hidden, dim, std=std, key=d)
+
+    def __call__(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens dim"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Layer(eqx.Module):
+    attention_norm: RMSNorm
+    attention: SelfAttention
+    feed_forward_norm: RMSNorm
+    feed_forward: SwiGLU
+
+    def __init__(
+        self, dim: int, hidden: int, heads: int, *, eps: float, std: float, key: Key[Array, ""]
+    ):
+        a, f = jax.random.split(key)
+        self.attention_norm = RMSNorm(dim, eps)
+        self.attention = SelfAttention(dim, heads, std=std, key=a)
+        self.feed_forward_norm = RMSNorm(dim, eps)
+        self.feed_forward = SwiGLU(dim, hidden, std=std, key=f)
+
+
+class Transformer(eqx.Module):
+    """`layers` equal layers, their parameters stacked on a leading axis and scanned.
+
+    The residual stream, the norms and the rotary angles are float32; matrix products and attention
+    run in `dtype`.
+    """
+
+    layers: Layer
+    theta: float = eqx.field(static=True)
+    dtype: DTypeLike = eqx.field(static=True)
+    remat: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        hidden: int,
+        layers: int,
+        heads: int,
+        theta: float,
+        eps: float = 1e-5,
+        std: float = 0.02,
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        key: Key[Array, ""],
+    ):
+        """**Arguments:**
+
+        - `dim`, `hidden`: width of the stream and of the gated feed-forward layer.
+        - `layers`, `heads`: `heads` must divide `dim` into even parts.
+        - `theta`: base of the rotary frequencies.
+        - `eps`, `std`: of the norms; of the normal initialisation.
+        - `dtype`: of matrix products and attention.
+        - `remat`: keep only each layer's input for the backward pass and compute the rest again.
+        """
+        if layers < 1:
+            raise ValueError(f"layers is {layers}; it must be at least 1")
+        if dim % heads or (dim // heads) % 2:
+            raise ValueError(
+                f"dim {dim} over {heads} heads is not an even whole number; choose heads so that "
+                "dim / heads is even"
+            )
+
+        def make(key: Key[Array, ""]) -> Layer:
+            return Layer(dim, hidden, heads, eps=eps, std=std, key=key)
+
+        self.layers = eqx.filter_vmap(make)(jax.random.split(key, layers))
+        self.theta = theta
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+
+    @property
+    def dim(self) -> int:
+        """Width of the stream."""
+        return self.layers.attention_norm.weight.shape[-1]
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return self.layers.attention_norm.weight.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.dim // self.layers.attention.heads
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens dim"],
+        mask: AbstractMask,
+        positions: Int[Array, "tokens"],
+    ) -> Float[Array, "tokens dim"]:
+        """All tokens at once. `mask` says who sees whom, by index in the sequence."""
+        cos, sin = rotary(positions, self.head_dim, self.theta)
+
+        def step(x, layer):
+            q, k, v = self._project(layer, x, cos, sin)
+            return self._finish(layer, x, attention(q, k, v, mask)), None
+
+        if self.remat:
+            step = jax.checkpoint(step)
+        return jax.lax.scan(step, x, self.layers)[0]
+
+    def init_cache(self, window: int, tokens: int) -> KVCache:
+        """An empty cache for `window` blocks of `tokens` tokens."""
+        if window < 1:
+            raise ValueError(f"a cache of {window} blocks holds nothing; ask for at least 1")
+        heads = self.layers.attention.heads
+        empty = jnp.zeros((self.depth, window, tokens, heads, self.head_dim), self.dtype)
+        return KVCache(empty, empty, jnp.zeros((), jnp.int32))
+
+    def extend(
+        self, x: Float[Array, "tokens dim"], cache: KVCache
+    ) -> tuple[Float[Array, "tokens dim"], KVCache]:
+        """The next block of a stream: it sees itself and the blocks in the cache."""
+        tokens = x.shape[0]
+        positions = cache.count * tokens + jnp.arange(tokens)
+        cos, sin = rotary(positions, self.head_dim, self.theta)
+        slot = cache.count % cache.window
+        # Every block in the ring is this one or an earlier one: validity is all the mask there is.
+        mask = KeyValid(jnp.repeat(jnp.arange(cache.window) <= cache.count, tokens))
+
+        def step(x, inputs):
+            layer, keys, values = inputs
+            q, k, v = self._project(layer, x, cos, sin)
+            keys = jax.lax.dynamic_update_index_in_dim(keys, k, slot, 0)
+            values = jax.lax.dynamic_update_index_in_dim(values, v, slot, 0)
+            flat = (-1, *k.shape[1:])
+            out = attention(q, keys.reshape(flat), values.reshape(flat), mask)
+            return self._finish(layer, x, out), (keys, values)
+
+        x, (keys, values) = jax.lax.scan(step, x, (self.layers, cache.keys, cache.values))
+        return x, KVCache(keys, values, cache.count + 1)
+
+    def _project(self, layer: Layer, x, cos, sin):
+        own = layer.attention
+        h = layer.attention_norm(x).astype(self.dtype)
+        split = (x.shape[0], own.heads, self.head_dim)
+        q, k, v = (part(h).reshape(split) for part in (own.query, own.key, own.value))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def _finish(self, layer: Layer, x, attended):
+        attended = attended.reshape(x.shape).astype(self.dtype)
+        x = x + layer.attention.out(attended).astype(jnp.float32)
+        h = layer.feed_forward_norm(x).astype(self.dtype)
+        return x + layer.feed_forward(h).astype(jnp.float32)
+
+
+def count_parameters(module: eqx.Module) -> int:
+    """Number of array elements in a module (also of one made by `eqx.filter_eval_shape`)."""
+    leaves = jax.tree.leaves(eqx.filter(module, lambda x: hasattr(x, "shape")))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
