@@ -1,0 +1,274 @@
+"""Checkpoints: written by Orbax, sealed by a list of hashes, verified before they are read.
+
+Orbax commits a step atomically but stores no checksum of its arrays: a flipped byte comes back as a
+wrong weight. So each step's folder gets a `SHA256SUMS` after the commit (`sha256sum -c` reads it
+too). A folder without one was cut off while being written; one that differs from it is damaged.
+"""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import equinox as eqx
+import jax
+import orbax.checkpoint as ocp
+from jaxtyping import Array
+
+from ._errors import CheckpointError
+from ._step import TrainState
+
+_SEAL = "SHA256SUMS"
+_FORMAT = 1
+
+
+class Checkpoints:
+    """The newest `keep` states of a run, in `folder/<step>`."""
+
+    def __init__(self, folder: Path, *, keep: int = 2):
+        """**Arguments:**
+
+        - `folder`: made if absent. Steps cut off while being written are removed from it.
+        - `keep`: older ones are deleted once a newer one is complete.
+        """
+        self._folder = folder.absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for step in _steps(self._folder):
+            if not (self._folder / str(step) / _SEAL).exists():
+                shutil.rmtree(self._folder / str(step))
+        self._keep = keep
+        self._manager = self._open()
+
+    def save(self, state: TrainState, loop: dict[str, Any]) -> None:
+        """Writes and seals a checkpoint; returns when it is on disk.
+
+        **Arguments:**
+
+        - `state`: names the step.
+        - `loop`: what the loop must know to go on; JSON.
+
+        **Raises:** `CheckpointError` if anything of it fails.
+        """
+        step = int(state.step)
+        arrays = _arrays(state)
+        meta = {
+            "format": _FORMAT,
+            "arrays": _kinds(arrays),
+            "settings": dict(_settings(state.model)),
+            "loop": loop,
+        }
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)
+        )
+        try:
+            saved = self._manager.save(step, args=items, force=True)
+            self._manager.wait_until_finished()
+            if not saved:
+                raise OSError("Orbax skipped it")
+            _seal(self._folder / str(step))
+        except Exception as error:  # Orbax and tensorstore raise many kinds, with pages of text
+            raise CheckpointError(
+                f"step {step} could not be saved in {self._folder}: {_short(error)}; earlier "
+                f"checkpoints are untouched: make room or permit writing, then resume"
+            ) from None
+
+    def newest(self) -> int | None:
+        """The newest step whose files are what was written; None if there is no checkpoint.
+
+        Damaged ones are moved to `damaged` beside the folder, with a warning.
+
+        **Raises:** `CheckpointError` if there are checkpoints and all are damaged.
+        """
+        damaged = []
+        good = None
+        for step in reversed(_steps(self._folder)):
+            fault = _fault(self._folder / str(step))
+            if fault is None:
+                good = step
+                break
+            damaged.append((step, fault))
+        for step, fault in damaged:
+            aside = _move_aside(self._folder / str(step))
+            warnings.warn(
+                f"checkpoint {step} is damaged ({fault}); moved to {aside}, "
+                + ("going back to an earlier one" if good is None else f"going back to {good}"),
+                stacklevel=2,
+            )
+        if damaged:
+            self._manager.close()
+            self._manager = self._open()
+        if damaged and good is None:
+            raise CheckpointError(
+                f"every checkpoint in {self._folder} was damaged; start a new run, from this one's "
+                "model.safetensors if that still loads"
+            )
+        return good
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Reads a checkpoint.
+
+        **Arguments:**
+
+        - `step`: one that `newest` gave.
+        - `like`: a state of the same run; gives shapes, types and devices, its values are unused.
+
+        **Returns:** the state and what `save` was given as `loop`.
+
+        **Raises:** `CheckpointError` naming what differs between the checkpoint and `like`.
+        """
+        place = f"checkpoint {step} in {self._folder}"
+        wanted = _arrays(like)
+        try:
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+            meta = cast(Any, meta)["meta"]
+        except Exception as error:
+            raise CheckpointError(f"{place} could not be read: {_short(error)}") from None
+        if meta["format"] != _FORMAT:
+            raise CheckpointError(
+                f"{place} has format {meta['format']}, this library reads {_FORMAT}: use the "
+                "version of elastictok that wrote it"
+            )
+        _refuse_differences(place, meta["settings"], dict(_settings(like.model)))
+        _refuse_differences(place, meta["arrays"], _kinds(wanted))
+        template = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+            for name, array in wanted.items()
+        }
+        try:
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(template))
+            arrays = cast(Any, self._manager.restore(step, args=items))["state"]
+        except Exception as error:
+            raise CheckpointError(f"{place} could not be read: {_short(error)}") from None
+        return _with_arrays(like, arrays), meta["loop"]
+
+    def close(self) -> None:
+        """Ends Orbax's threads."""
+        self._manager.close()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep,
+            save_interval_steps=1,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+        )
+        return ocp.CheckpointManager(self._folder, options=options)
+
+
+def latest_step(run: str | os.PathLike[str]) -> int | None:
+    """The newest step that a run folder has a complete checkpoint of (not verified), or None."""
+    folder = Path(run) / "checkpoints"
+    return max((s for s in _steps(folder) if (folder / str(s) / _SEAL).exists()), default=None)
+
+
+def _steps(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def _sums(folder: Path) -> str:
+    """One line per file, as sha256sum writes them: a function of the folder's content alone."""
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != _SEAL:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
+    return "".join(lines)
+
+
+def _seal(folder: Path) -> None:
+    scratch = folder.parent / f".{folder.name}.{_SEAL}"
+    with open(scratch, "w", encoding="utf-8") as file:
+        file.write(_sums(folder))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, folder / _SEAL)
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a sealed folder; None if its bytes are those that were sealed."""
+    try:
+        written, found = (folder / _SEAL).read_bytes(), _sums(folder).encode()
+    except OSError as error:
+        return _short(error)
+    if written == found:
+        return None
+    changed = set(written.splitlines()) ^ set(found.splitlines())
+    names = sorted({line.split(b"  ", 1)[-1].decode(errors="replace") for line in changed})
+    return "changed: " + ", ".join(names[:3]) if names else f"changed: {_SEAL}"
+
+
+def _move_aside(folder: Path) -> Path:
+    shelf = folder.parent.parent / "damaged"
+    shelf.mkdir(exist_ok=True)
+    count = sum(path.name.split("-")[0] == folder.name for path in shelf.iterdir())
+    return folder.rename(shelf / f"{folder.name}-{count + 1}")
+
+
+def _arrays(state: TrainState) -> dict[str, Array]:
+    """The state's arrays by path. Keys as their numbers, which outlive changes of jax."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(state, eqx.is_array))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): _plain(leaf)
+        for path, leaf in leaves
+    }
+
+
+def _with_arrays(state: TrainState, arrays: dict[str, Array]) -> TrainState:
+    old, rest = eqx.partition(state, eqx.is_array)
+    leaves, structure = jax.tree.flatten(old)
+    new = [
+        jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
+        for leaf, array in zip(leaves, (arrays[name] for name in _arrays(state)), strict=True)
+    ]
+    return eqx.combine(jax.tree.unflatten(structure, new), rest)
+
+
+def _is_key(leaf: Array) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _plain(leaf: Array) -> Array:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _kinds(arrays: dict[str, Array]) -> dict[str, str]:
+    return {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
+
+
+def _settings(value: Any, path: str = "model") -> Iterator[tuple[str, str]]:
+    """What a model is besides its arrays: heads, order and the like, which shapes do not show."""
+    if isinstance(value, eqx.Module):
+        yield path, type(value).__name__
+        for field in dataclasses.fields(cast(Any, value)):
+            yield from _settings(getattr(value, field.name), f"{path}.{field.name}")
+    elif isinstance(value, tuple | list):
+        for i, item in enumerate(value):
+            yield from _settings(item, f"{path}.{i}")
+    elif not eqx.is_array(value):
+        yield path, repr(value)
+
+
+def _refuse_differences(place: str, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    differences = [
+        f"{name} is {saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
+        for name in sorted(saved | wanted)
+        if saved.get(name) != wanted.get(name)
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise CheckpointError(
+            f"{place} is of another model or optimizer: {'; '.join(differences[:3])}{more}; resume "
+            "with the settings that the run was started with, or start a new run from its weights"
+        )
+
+
+def _short(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0][:300]}"

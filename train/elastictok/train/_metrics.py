@@ -1,0 +1,106 @@
+"""Metrics between the step and the reader: means since the last line, and the lines."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ._errors import NonFiniteError
+from ._step import Metrics
+
+_MEMORY = 0.98  # of the running loss: it looks back over about 50 steps
+
+
+class Meter:
+    """Collects each step's metrics; they stay on the device until somebody asks.
+
+    - `running_loss`: exponential mean of the loss over the last 50 steps or so; None before the
+        first. Up to date after `fetch`.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None):
+        """**Arguments:**
+
+        - `state`: an earlier meter's, so that a resumed run writes the lines that the whole run
+            would have written.
+        """
+        self._rows: list[dict[str, float]] = list(state["rows"]) if state else []
+        self.running_loss: float | None = state["running_loss"] if state else None
+        self._pending: list[tuple[int, Metrics]] = []
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes what the step gave, without waiting for it."""
+        self._pending.append((step, metrics))
+
+    def fetch(self) -> None:
+        """Waits for the steps added so far.
+
+        **Raises:** `NonFiniteError` naming the first metric that is not finite, and its step.
+        """
+        steps = [step for step, _ in self._pending]
+        rows = jax.device_get([metrics for _, metrics in self._pending])
+        self._pending.clear()
+        for step, row in zip(steps, rows, strict=True):
+            numbers = {name: float(value) for name, value in row.items()}
+            for name, value in numbers.items():
+                if not math.isfinite(value):
+                    raise NonFiniteError(f"{name} is {value} at step {step}")
+            self._rows.append(numbers)
+            loss, mean = numbers["loss"], self.running_loss
+            self.running_loss = loss if mean is None else mean + (1 - _MEMORY) * (loss - mean)
+
+    def means(self) -> dict[str, float]:
+        """Means over the fetched steps since `clear`, and the `psnr` in dB of the mean `mse`."""
+        means = {
+            name: math.fsum(row[name] for row in self._rows) / len(self._rows)
+            for name in self._rows[0]
+        }
+        return {"loss": means["loss"], "psnr": psnr(means["mse"])} | means
+
+    def clear(self) -> None:
+        """Starts the next line's means."""
+        self._rows.clear()
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, after `fetch`."""
+        return {"rows": list(self._rows), "running_loss": self.running_loss}
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB of a mean squared error of pixels in [-1, 1]."""
+    return 10 * math.log10(4 / max(mse, 1e-12))
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object per line, each step at most once, steps growing."""
+
+    def __init__(self, path: Path, *, after: int):
+        """**Arguments:**
+
+        - `path`: appended to.
+        - `after`: lines of later steps, and one cut off by a crash, are dropped: the run does those
+            steps again.
+        """
+        self._path = path
+        if path.exists():
+            _keep_until(path, after)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends a line; it is with the operating system when this returns."""
+        line = json.dumps({"step": step} | dict(metrics), allow_nan=False)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def _keep_until(path: Path, last: int) -> None:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= last:
+            kept.append(line)
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text("".join(kept), encoding="utf-8")
+    os.replace(scratch, path)
