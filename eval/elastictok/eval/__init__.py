@@ -1,1 +1,152 @@
-"""To be filled by the package's public names."""
+"""Metrics, baselines, rate-distortion curves and reports for elastic tokenizers."""
+
+import os
+
+if os.environ.get("ELASTICTOK_TYPECHECK") == "1":
+    from jaxtyping import install_import_hook
+
+    install_import_hook("elastictok.eval", "beartype.beartype")
+
+from ._baselines import (
+    AbstractBaseline,
+    BlockMean,
+    ImageMean,
+    Patch,
+    TransformCoder,
+    dct_matrix,
+    fit_baselines,
+    fit_block_dct,
+    fit_patch_pca,
+)
+from ._charts import Chart, Level, Line, render_chart
+from ._criteria import SSIMLoss, requirement
+from ._evaluate import (
+    Item,
+    Setting,
+    Share,
+    describe_device,
+    evaluate,
+    length_settings,
+    share_settings,
+    threshold_settings,
+)
+from ._metrics import (
+    mse,
+    mse_per_frame,
+    psnr,
+    psnr_dataset,
+    psnr_per_clip,
+    psnr_per_frame,
+    ssim_gaussian,
+    ssim_gaussian_per_frame,
+    ssim_uniform,
+    ssim_uniform_per_frame,
+)
+from ._rates import CodebookUsage, StreamUsage, bits_per_pixel, bpp16, codebook_usage
+from ._report import (
+    ClipSection,
+    PictureSection,
+    Report,
+    Shot,
+    Video,
+    render_report,
+    write_report,
+)
+from ._results import (
+    Evaluation,
+    Measurement,
+    Quality,
+    Reconstruction,
+    Row,
+    Sample,
+    Satisfaction,
+    Spent,
+    measure,
+    satisfaction_of_fixed,
+    satisfaction_of_search,
+    to_json,
+    write_json,
+)
+from ._scalar import Quantiser
+from ._summary import (
+    build_report,
+    charts,
+    clip_section,
+    cost_table,
+    picture_section,
+    quality_table,
+    side_by_side,
+)
+from ._tables import Table, TableRow, format_table
+
+__all__ = [
+    "AbstractBaseline",
+    "BlockMean",
+    "Chart",
+    "ClipSection",
+    "CodebookUsage",
+    "Evaluation",
+    "ImageMean",
+    "Item",
+    "Level",
+    "Line",
+    "Measurement",
+    "Patch",
+    "PictureSection",
+    "Quality",
+    "Quantiser",
+    "Reconstruction",
+    "Report",
+    "Row",
+    "SSIMLoss",
+    "Sample",
+    "Satisfaction",
+    "Setting",
+    "Share",
+    "Shot",
+    "Spent",
+    "StreamUsage",
+    "Table",
+    "TableRow",
+    "TransformCoder",
+    "Video",
+    "bits_per_pixel",
+    "bpp16",
+    "build_report",
+    "charts",
+    "clip_section",
+    "codebook_usage",
+    "cost_table",
+    "dct_matrix",
+    "describe_device",
+    "evaluate",
+    "fit_baselines",
+    "fit_block_dct",
+    "fit_patch_pca",
+    "format_table",
+    "length_settings",
+    "measure",
+    "mse",
+    "mse_per_frame",
+    "picture_section",
+    "psnr",
+    "psnr_dataset",
+    "psnr_per_clip",
+    "psnr_per_frame",
+    "quality_table",
+    "render_chart",
+    "render_report",
+    "requirement",
+    "satisfaction_of_fixed",
+    "satisfaction_of_search",
+    "share_settings",
+    "side_by_side",
+    "ssim_gaussian",
+    "ssim_gaussian_per_frame",
+    "ssim_uniform",
+    "ssim_uniform_per_frame",
+    "threshold_settings",
+    "to_json",
+    "write_json",
+    "write_report",
+]

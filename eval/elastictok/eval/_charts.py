@@ -1,0 +1,162 @@
+"""Line charts as inline SVG that takes its text colour from the page."""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Matplotlib cannot say "the colour of the text around me", so it is given a colour that nothing else
+# has, which becomes `currentColor` afterwards: the chart then follows light and dark pages.
+_INK = "#010203"
+# Of middling lightness: readable on white and on black.
+_COLOURS = ("#3b78e7", "#d9730d", "#2f9e63", "#b254c4", "#c9414f", "#6b7f99")
+_LEVEL = "#8a8f98"
+
+
+@final
+@dataclass(frozen=True)
+class Line:
+    """A measured curve: its name and its points."""
+
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+    def __post_init__(self):
+        if len(self.x) != len(self.y) or not self.x:
+            raise ValueError(f"{self.name!r} has {len(self.x)} x and {len(self.y)} y: give pairs")
+
+
+@final
+@dataclass(frozen=True)
+class Level:
+    """A horizontal line: what a coder without a length reaches."""
+
+    name: str
+    y: float
+
+
+@final
+@dataclass(frozen=True)
+class Chart:
+    """Curves and levels over one axis; `alt` says in words what it shows."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: tuple[Line, ...]
+    levels: tuple[Level, ...]
+    alt: str
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Positions for labels, as near their heights as a gap between neighbours allows.
+
+    Heights and positions are in 0..1; the order is kept. Labels that would touch are gathered in
+    groups, each centred on the mean of its heights (pool adjacent violators).
+    """
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    groups: list[list[int]] = []
+
+    def low(group: list[int]) -> float:
+        middle = sum(heights[index] for index in group) / len(group)
+        half = gap * (len(group) - 1) / 2
+        return min(max(middle - half, 0.0), 1.0 - 2 * half)
+
+    for index in order:
+        groups.append([index])
+        while len(groups) > 1 and low(groups[-2]) + gap * len(groups[-2]) > low(groups[-1]):
+            last = groups.pop()
+            groups[-1].extend(last)
+    positions = [0.0] * len(heights)
+    for group in groups:
+        for rank, index in enumerate(group):
+            positions[index] = low(group) + gap * rank
+    return positions
+
+
+def _draw_levels(axes: "Axes", levels: Sequence[Level]) -> None:
+    """Dashed lines, named to the right of the plot where they cannot hide a curve."""
+    bottom, top = axes.get_ylim()
+    heights = [(level.y - bottom) / (top - bottom) for level in levels]
+    for level, height, place in zip(levels, heights, _spread(heights, 0.085), strict=True):
+        axes.axhline(level.y, color=_LEVEL, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        axes.annotate(
+            level.name,
+            xy=(1.0, height),
+            xytext=(1.035, place),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8.5,
+            color=_INK,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": _LEVEL, "linewidth": 0.6, "shrinkB": 0},
+            parse_math=False,
+        )
+
+
+def _inline(svg: str, alt: str) -> str:
+    """What a page needs of an SVG file: no prologue, no metadata, no fixed size, and a description."""
+    from markupsafe import escape
+
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    view = re.search(r'viewBox="[^"]*"', svg)
+    if view is None:
+        raise ValueError("matplotlib wrote an SVG without a viewBox")
+    head = f'<svg class="chart" {view.group()} role="img" aria-label="{escape(alt)}">'
+    svg = re.sub(r"^<svg[^>]*>", lambda _: head, svg)
+    return svg.replace("xlink:href", "href").replace(_INK, "currentColor").strip()
+
+
+def render_chart(chart: Chart) -> str:
+    """The chart as an `<svg>` element for a page, its text as text."""
+    # Half a second to import, which nothing but a report needs. No pyplot: no global state.
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": chart.title,
+        "font.size": 9,
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.7,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.6, 3.3), layout="constrained")
+        axes = figure.subplots()
+        for line, colour in zip(chart.lines, _cycle(len(chart.lines)), strict=True):
+            axes.plot(line.x, line.y, color=colour, marker="o", markersize=4, linewidth=1.8)
+            axes.lines[-1].set_label(line.name)
+        axes.set_xlim(left=0)
+        axes.margins(y=0.08)
+        for level in chart.levels:
+            axes.update_datalim([(0, level.y)], updatex=False)
+        axes.autoscale_view(scalex=False)
+        axes.set_xlabel(chart.x_label, parse_math=False)
+        axes.set_ylabel(chart.y_label, parse_math=False)
+        axes.grid(color=_LEVEL, alpha=0.2, linewidth=0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        if len(chart.lines) > 1:
+            for text in axes.legend(frameon=False, labelcolor=_INK).get_texts():
+                text.set_parse_math(False)
+        _draw_levels(axes, chart.levels)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True)
+    return _inline(buffer.getvalue(), chart.alt)
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLOURS[index % len(_COLOURS)] for index in range(count)]

@@ -1,0 +1,290 @@
+"""Running a tokenizer and its rivals over pictures and clips."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import final
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from elastictok.inference import (
+    MSE,
+    AbstractCriterion,
+    AbstractStrategy,
+    Binary,
+    Block,
+    FixedLength,
+    Search,
+    Tokenizer,
+    Tokens,
+)
+
+from ._baselines import AbstractBaseline
+from ._criteria import loss_name, requirement
+from ._rates import CodebookUsage, codebook_usage
+from ._results import Evaluation, Measurement, Reconstruction, Row, Sample, Spent, measure
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Item:
+    """A picture (one frame) or a clip to evaluate on.
+
+    **Fields:**
+
+    - `name`: for tables and captions.
+    - `frames`: of any size that the tokenizer takes.
+    - `fps`: frames per second, None if unknown or a picture.
+    - `cuts`: indices of the first frame after each cut, where they are known; only shown.
+    """
+
+    name: str
+    frames: UInt8[np.ndarray, "frames height width channels"]
+    fps: float | None = None
+    cuts: tuple[int, ...] = ()
+
+
+@final
+class Share(AbstractStrategy):
+    """The same share of its tokens for every block, one probe each.
+
+    As `FixedLength`, but it means the same for items of any size.
+
+    **Arguments:**
+
+    - `share`: of the tokens that a block could have, above 0 and at most 1; the length is rounded,
+        and not below what the block allows.
+    - `criterion`: measured and reported, but never acted on.
+    """
+
+    share: float = eqx.field(converter=float)
+    criterion: AbstractCriterion = MSE(math.inf)
+
+    def __check_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"a share of {self.share} of the tokens; give more than 0, at most 1")
+
+    def search(self, block: Block) -> Search:
+        yield (max(block.shortest, round(self.share * block.longest)),)
+
+
+@final
+@dataclass(frozen=True)
+class Setting:
+    """A strategy under a name. `searched`: whether it looks for lengths that meet a threshold."""
+
+    name: str
+    strategy: AbstractStrategy
+    searched: bool
+
+
+def share_settings(
+    shares: Sequence[float] = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1),
+) -> tuple[Setting, ...]:
+    """Every block at the same share of its tokens: a rate-distortion curve."""
+    return tuple(Setting(_share_name(share), Share(share), searched=False) for share in shares)
+
+
+def _share_name(share: float) -> str:
+    if share == 1:
+        return "all tokens"
+    return f"{Fraction(share).limit_denominator(1000)} of the tokens"
+
+
+def length_settings(lengths: Sequence[int]) -> tuple[Setting, ...]:
+    """Every block at the same number of tokens: a rate-distortion curve."""
+    return tuple(Setting(f"{n} tokens", FixedLength(n), searched=False) for n in lengths)
+
+
+def threshold_settings(
+    criteria: Sequence[AbstractCriterion],
+    *,
+    search: Callable[[AbstractCriterion], AbstractStrategy] = Binary,
+) -> tuple[Setting, ...]:
+    """Each block with the fewest tokens found that meet a criterion.
+
+    **Arguments:**
+
+    - `criteria`: one setting for each, such as `MSE(0.003)`.
+    - `search`: makes the strategy: `Binary`, or `Full` for the exhaustive optimum.
+    """
+    suffix = "" if search is Binary else f", {getattr(search, '__name__', 'search')}"
+    return tuple(
+        Setting(f"{requirement(criterion)}{suffix}", search(criterion), searched=True)
+        for criterion in criteria
+    )
+
+
+def describe_device() -> str:
+    """What jax computes on, for people."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return f"CPU, {os.cpu_count()} cores"
+    return f"{len(jax.devices())} x {device.device_kind}"
+
+
+def _with(tokenizer: Tokenizer, strategy: AbstractStrategy) -> Tokenizer:
+    return Tokenizer(
+        tokenizer.codec,
+        strategy,
+        window=tokenizer.window,
+        native=tokenizer.native,
+        limit=tokenizer.limit,
+    )
+
+
+def _through_tokenizer(
+    tokenizer: Tokenizer, item: Item, truth: np.ndarray
+) -> tuple[Measurement, Tokens, np.ndarray]:
+    start = time.perf_counter()
+    tokens = tokenizer.encode(item.frames, item.fps)
+    encoded = time.perf_counter()
+    frames = tokenizer.decode(tokens)
+    decoded = time.perf_counter()
+    spent = Spent(
+        lengths=tuple(map(int, tokens.lengths)),
+        tokens_per_block=tokens.tokens_per_block,
+        frames_per_block=tokens.frames_per_block,
+        bits_per_token=tokens.bits_per_token,
+        losses=tuple(map(float, tokens.losses)),
+        met=tuple(map(bool, tokens.met)),
+        encoder_evaluations=int(tokens.encoder_evaluations.sum()),
+        decoder_evaluations=int(tokens.decoder_evaluations.sum()),
+        encode_seconds=encoded - start,
+        decode_seconds=decoded - encoded,
+    )
+    return _measurement(item, truth, frames, tokens.bits, spent), tokens, frames
+
+
+def _measurement(
+    item: Item, truth: np.ndarray, frames: np.ndarray, bits: float | None, spent: Spent | None
+) -> Measurement:
+    count, height, width = truth.shape[:3]
+    return Measurement(item.name, count, height, width, bits, measure(truth, frames), spent)
+
+
+def _usage(tokens: Sequence[Tokens]) -> CodebookUsage | None:
+    codes = [each.codes for each in tokens if each.codes is not None]
+    if not codes or tokens[0].codebook_size is None:
+        return None
+    return codebook_usage(np.concatenate(codes), tokens[0].codebook_size)
+
+
+@final
+class _Column:
+    """What one setting or baseline gave so far, item after item."""
+
+    def __init__(self) -> None:
+        self.measurements: list[Measurement] = []
+        self.tokens: list[Tokens] = []
+
+
+def _setting_row(setting: Setting, column: _Column) -> Row:
+    threshold = setting.strategy.criterion.threshold
+    return Row(
+        name=setting.name,
+        searched=setting.searched,
+        loss=loss_name(setting.strategy.criterion),
+        threshold=threshold if math.isfinite(threshold) else None,
+        measurements=tuple(column.measurements),
+        usage=_usage(column.tokens),
+    )
+
+
+def _baseline_row(baseline: AbstractBaseline, column: _Column) -> Row:
+    return Row(baseline.label(), False, "", None, tuple(column.measurements), None)
+
+
+def _check(items: Sequence[Item], names: Sequence[str]) -> None:
+    if not items:
+        raise ValueError("nothing to evaluate: give at least one picture or clip")
+    if len(set(names)) < len(names):
+        raise ValueError(f"two settings or baselines have the same name: {sorted(names)}")
+
+
+def evaluate(
+    tokenizer: Tokenizer,
+    items: Sequence[Item],
+    *,
+    settings: Sequence[Setting],
+    baselines: Sequence[AbstractBaseline] = (),
+    name: str = "evaluation",
+    keep: int = 0,
+    progress: Callable[[], None] | None = None,
+) -> Evaluation:
+    """Measures a tokenizer at several settings, and trivial coders beside it, on the same items.
+
+    Reconstructions are compared with the items as the tokenizer sees them (`Tokenizer.fit`), and the
+    baselines are given the same. Seconds are wall-clock time of `Tokenizer.encode` (resizing
+    included) and `decode` for an item; what has to be compiled for a new size of frame is compiled
+    before, on one block that is not timed.
+
+    Pictures and clips want separate calls: their tables differ in what a block costs, and so do
+    their baselines.
+
+    **Arguments:**
+
+    - `tokenizer`: gives the model, window and size rule; its strategy is not used.
+    - `items`: pictures and clips.
+    - `settings`: from `share_settings`, `length_settings` and `threshold_settings`, or your own.
+    - `baselines`: from `fit_baselines`, fitted to other material.
+    - `name`: of the set of items, for titles.
+    - `keep`: of so many items, the first ones, pixels and tokens are kept in `Evaluation.samples`.
+    - `progress`: called after each item at each setting and baseline, that is
+        `len(items) * (len(settings) + len(baselines))` times.
+
+    **Returns:**
+
+    An `Evaluation`: a row for each setting, then one for each baseline.
+
+    **Raises:**
+
+    `ValueError` if there is no item, or two rows would have the same name.
+    """
+    names = [*(setting.name for setting in settings), *(each.label() for each in baselines)]
+    _check(items, names)
+    columns = {each: _Column() for each in names}
+    samples, compiled = [], set()
+    for index, item in enumerate(items):
+        truth = tokenizer.fit(item.frames)
+        if truth.shape[1:3] not in compiled:
+            warm = _with(tokenizer, FixedLength(1))
+            warm.decode(warm.encode(item.frames[:1]))
+            compiled.add(truth.shape[1:3])
+        kept = []
+        for setting in settings:
+            column = columns[setting.name]
+            measured, tokens, frames = _through_tokenizer(
+                _with(tokenizer, setting.strategy), item, truth
+            )
+            column.measurements.append(measured)
+            column.tokens.append(tokens)
+            kept.append(Reconstruction(setting.name, frames, tokens))
+            if progress is not None:
+                progress()
+        for baseline in baselines:
+            frames = baseline(truth)
+            bits = baseline.bits(*truth.shape[:3])
+            column = columns[baseline.label()]
+            column.measurements.append(_measurement(item, truth, frames, bits, None))
+            kept.append(Reconstruction(baseline.label(), frames, None))
+            if progress is not None:
+                progress()
+        if index < keep:
+            samples.append(Sample(item.name, item.fps, item.cuts, truth, tuple(kept)))
+    return Evaluation(
+        name=name,
+        device=describe_device(),
+        fingerprint=tokenizer.codec.fingerprint,
+        rows=(
+            *(_setting_row(setting, columns[setting.name]) for setting in settings),
+            *(_baseline_row(baseline, columns[baseline.label()]) for baseline in baselines),
+        ),
+        samples=tuple(samples),
+    )
