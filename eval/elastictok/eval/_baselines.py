@@ -1,8 +1,8 @@
 """Trivial coders to hold a tokenizer against: means of blocks, patch PCA, block DCT.
 
 They take and give `uint8` frames, as a tokenizer does, code every frame (or group of frames) at a
-fixed rate, and count their bits honestly. What is fitted (bases and quantisers) is fitted to training
-material that the caller gives, and is shared, as a model's weights are: it costs no bits.
+fixed rate, and count their bits honestly. What is fitted (bases and quantisers) is fitted to
+training material that the caller gives, and is shared, as a model's weights are: it costs no bits.
 """
 
 import abc
@@ -228,7 +228,12 @@ def _training_patches(
 
 
 def _quantised(
-    name: str, patch: Patch, mean: np.ndarray, basis: np.ndarray, patches: np.ndarray, bits: float
+    name: str,
+    patch: Patch,
+    mean: np.ndarray,
+    basis: np.ndarray,
+    patches: np.ndarray,
+    bits: float | int,
 ) -> TransformCoder:
     """The coder with `bits` for each patch shared among the rows of `basis` as the patches ask."""
     if bits < 0:
@@ -249,7 +254,7 @@ def fit_patch_pca(
     clips: Sequence[UInt8[np.ndarray, "frames height width 3"]],
     *,
     components: int,
-    bits: float | None,
+    bits: float | int | None,
     patch: Patch,
 ) -> TransformCoder:
     """The best linear code of patches: their first principal components.
@@ -286,7 +291,7 @@ def fit_patch_pca(
 
 
 def dct_matrix(size: int) -> Float[np.ndarray, "size size"]:
-    """The orthonormal DCT-II (Ahmed, Natarajan and Rao 1974): rows are cosines of rising frequency."""
+    """The orthonormal DCT-II (Ahmed, Natarajan and Rao 1974), a row for each frequency."""
     frequency, position = np.arange(size)[:, None], np.arange(size)
     cosines = np.cos(np.pi * (2 * position + 1) * frequency / (2 * size))
     scale = np.where(frequency == 0, math.sqrt(1 / size), math.sqrt(2 / size))
@@ -294,13 +299,13 @@ def dct_matrix(size: int) -> Float[np.ndarray, "size size"]:
 
 
 def fit_block_dct(
-    clips: Sequence[UInt8[np.ndarray, "frames height width 3"]], *, bits: float, patch: Patch
+    clips: Sequence[UInt8[np.ndarray, "frames height width 3"]], *, bits: float | int, patch: Patch
 ) -> TransformCoder:
     """A block DCT at a fixed rate: the transform is fixed, only its quantisers are fitted.
 
     The DCT runs along frames, height, width and the three colours. Along the colours its rows are
-    `(R + G + B)/sqrt 3`, `(R - B)/sqrt 2` and `(R - 2G + B)/sqrt 6`: luma and two chromas, like YCbCr
-    but orthonormal, so that an error in a coefficient is the same error in the pixels.
+    `(R + G + B)/sqrt 3`, `(R - B)/sqrt 2` and `(R - 2G + B)/sqrt 6`: luma and two chromas, like
+    YCbCr but orthonormal, so that an error in a coefficient is the same error in the pixels.
 
     **Arguments:**
 
@@ -326,7 +331,7 @@ def fit_baselines(
     clips: Sequence[UInt8[np.ndarray, "frames height width 3"]],
     *,
     patch: Patch,
-    bits: float | None,
+    bits: float | int | None,
     components: int = 6,
 ) -> tuple[AbstractBaseline, ...]:
     """The usual row of rivals: image mean, 16x16 and 8x8 block means, patch PCA and block DCT.

@@ -4,13 +4,13 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Matplotlib cannot say "the colour of the text around me", so it is given a colour that nothing else
-# has, which becomes `currentColor` afterwards: the chart then follows light and dark pages.
+# Matplotlib cannot say "the colour of the text around me", so it is given a colour that nothing
+# else has, which becomes `currentColor` afterwards: the chart then follows light and dark pages.
 _INK = "#010203"
 # Of middling lightness: readable on white and on black.
 _COLOURS = ("#3b78e7", "#d9730d", "#2f9e63", "#b254c4", "#c9414f", "#6b7f99")
@@ -101,7 +101,7 @@ def _draw_levels(axes: "Axes", levels: Sequence[Level]) -> None:
 
 
 def _inline(svg: str, alt: str) -> str:
-    """What a page needs of an SVG file: no prologue, no metadata, no fixed size, and a description."""
+    """What a page needs of an SVG file: no prologue, metadata or fixed size, but a description."""
     from markupsafe import escape
 
     svg = svg[svg.index("<svg") :]
@@ -121,7 +121,7 @@ def render_chart(chart: Chart) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": chart.title,
         "font.size": 9,

@@ -49,7 +49,7 @@ def loss_name(criterion: AbstractCriterion) -> str:
 def requirement(criterion: AbstractCriterion) -> str:
     """What a criterion asks for, in words: `MSE ≤ 0.02`, `PSNR ≥ 30 dB`, `SSIM ≥ 0.9`."""
     if isinstance(criterion, PSNR):
-        return f"PSNR ≥ {criterion.decibels:g} dB"
+        return f"PSNR ≥ {-criterion.threshold:g} dB"
     if isinstance(criterion, SSIMLoss):
         return f"SSIM ≥ {1 - criterion.threshold:g}"
     return f"{loss_name(criterion)} ≤ {criterion.threshold:g}"

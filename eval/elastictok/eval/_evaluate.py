@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import final
 
-import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import UInt8
@@ -46,8 +45,12 @@ class Item:
 
     name: str
     frames: UInt8[np.ndarray, "frames height width channels"]
-    fps: float | None = None
+    fps: float | int | None = None
     cuts: tuple[int, ...] = ()
+
+
+# Measured, never acted on: any finite error will do.
+_ANYTHING = MSE(math.inf)
 
 
 @final
@@ -55,20 +58,24 @@ class Share(AbstractStrategy):
     """The same share of its tokens for every block, one probe each.
 
     As `FixedLength`, but it means the same for items of any size.
-
-    **Arguments:**
-
-    - `share`: of the tokens that a block could have, above 0 and at most 1; the length is rounded,
-        and not below what the block allows.
-    - `criterion`: measured and reported, but never acted on.
     """
 
-    share: float = eqx.field(converter=float)
-    criterion: AbstractCriterion = MSE(math.inf)
+    share: float
+    criterion: AbstractCriterion
 
-    def __check_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"a share of {self.share} of the tokens; give more than 0, at most 1")
+    def __init__(self, share: float | int, criterion: AbstractCriterion = _ANYTHING):
+        """**Arguments:**
+
+        - `share`: of the tokens that a block could have, above 0 and at most 1; the length is
+            rounded, and not below what the block allows.
+        - `criterion`: measured and reported, but never acted on.
+
+        **Raises:** `ValueError` for a share outside that range.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"a share of {share} of the tokens; give more than 0, at most 1")
+        self.share = float(share)
+        self.criterion = criterion
 
     def search(self, block: Block) -> Search:
         yield (max(block.shortest, round(self.share * block.longest)),)
@@ -85,13 +92,13 @@ class Setting:
 
 
 def share_settings(
-    shares: Sequence[float] = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1),
+    shares: Sequence[float | int] = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1),
 ) -> tuple[Setting, ...]:
     """Every block at the same share of its tokens: a rate-distortion curve."""
     return tuple(Setting(_share_name(share), Share(share), searched=False) for share in shares)
 
 
-def _share_name(share: float) -> str:
+def _share_name(share: float | int) -> str:
     if share == 1:
         return "all tokens"
     return f"{Fraction(share).limit_denominator(1000)} of the tokens"
@@ -99,7 +106,7 @@ def _share_name(share: float) -> str:
 
 def length_settings(lengths: Sequence[int]) -> tuple[Setting, ...]:
     """Every block at the same number of tokens: a rate-distortion curve."""
-    return tuple(Setting(f"{n} tokens", FixedLength(n), searched=False) for n in lengths)
+    return tuple(Setting(f"{n} tokens", FixedLength(length=n), searched=False) for n in lengths)
 
 
 def threshold_settings(
@@ -143,7 +150,7 @@ def _through_tokenizer(
     tokenizer: Tokenizer, item: Item, truth: np.ndarray
 ) -> tuple[Measurement, Tokens, np.ndarray]:
     start = time.perf_counter()
-    tokens = tokenizer.encode(item.frames, item.fps)
+    tokens = tokenizer.encode(item.frames, None if item.fps is None else float(item.fps))
     encoded = time.perf_counter()
     frames = tokenizer.decode(tokens)
     decoded = time.perf_counter()
@@ -220,8 +227,8 @@ def evaluate(
 ) -> Evaluation:
     """Measures a tokenizer at several settings, and trivial coders beside it, on the same items.
 
-    Reconstructions are compared with the items as the tokenizer sees them (`Tokenizer.fit`), and the
-    baselines are given the same. Seconds are wall-clock time of `Tokenizer.encode` (resizing
+    Reconstructions are compared with the items as the tokenizer sees them (`Tokenizer.fit`), and
+    the baselines are given the same. Seconds are wall-clock time of `Tokenizer.encode` (resizing
     included) and `decode` for an item; what has to be compiled for a new size of frame is compiled
     before, on one block that is not timed.
 
@@ -254,7 +261,7 @@ def evaluate(
     for index, item in enumerate(items):
         truth = tokenizer.fit(item.frames)
         if truth.shape[1:3] not in compiled:
-            warm = _with(tokenizer, FixedLength(1))
+            warm = _with(tokenizer, FixedLength(length=1))
             warm.decode(warm.encode(item.frames[:1]))
             compiled.add(truth.shape[1:3])
         kept = []

@@ -1,7 +1,7 @@
 """How far a reconstruction is from the truth: NumPy, float64, every variant named.
 
-Two kinds of pixel are understood: `uint8`, where 0..255 stands for [-1, 1], and floats, which are in
-[-1, 1] already. Errors are in those units, so the peak-to-peak range is 2 and PSNR = 10 log10(4 / MSE).
+Two kinds of pixel are understood: `uint8`, where 0..255 stands for [-1, 1], and floats, which are
+in [-1, 1] already. Errors are in those units, so the range is 2 and PSNR = 10 log10(4 / MSE).
 """
 
 from collections.abc import Iterable
@@ -72,7 +72,7 @@ def mse(truth: Pixels, reconstruction: Pixels) -> float:
     return float(np.mean(mse_per_frame(truth, reconstruction)))
 
 
-def psnr(mean_squared_error: float) -> float:
+def psnr(mean_squared_error: float | int) -> float:
     """PSNR in dB of a mean squared error in [-1, 1] pixels: `10 log10(4 / MSE)`; infinite for 0."""
     if mean_squared_error < 0:
         raise ValueError(f"a mean squared error is not negative, got {mean_squared_error}")
@@ -84,8 +84,8 @@ def psnr(mean_squared_error: float) -> float:
 def psnr_per_frame(truth: Pixels, reconstruction: Pixels) -> Float[np.ndarray, "frames"]:
     """PSNR of each frame in dB, infinite where a frame is exact.
 
-    The *per-frame* variant of a clip is the mean of these: decibels are averaged. By convexity it is
-    at least the clip's `psnr_per_clip`.
+    The *per-frame* variant of a clip is the mean of these: decibels are averaged. By convexity it
+    is at least the clip's `psnr_per_clip`.
     """
     return np.array([psnr(float(error)) for error in mse_per_frame(truth, reconstruction)])
 
@@ -175,9 +175,9 @@ def ssim_gaussian_per_frame(truth: Pixels, reconstruction: Pixels) -> Float[np.n
 
     The variant of Wang, Bovik, Sheikh and Simoncelli (2004), and that of most papers; equal to
     scikit-image's `structural_similarity(gaussian_weights=True, sigma=1.5,
-    use_sample_covariance=False, data_range=255)`. Computed per channel on the 0..255 scale (floats in
-    [-1, 1] are brought there: the index depends on the offset), averaged over the channels and over
-    all positions where the whole window lies inside the frame.
+    use_sample_covariance=False, data_range=255)`. Computed per channel on the 0..255 scale (floats
+    in [-1, 1] are brought there: the index depends on the offset), averaged over the channels and
+    over all positions where the whole window lies inside the frame.
 
     **Arguments:**
 

@@ -10,7 +10,7 @@ from jaxtyping import Integer
 Codes: TypeAlias = Integer[np.ndarray, "tokens"] | Integer[np.ndarray, "tokens streams"]
 
 
-def bits_per_pixel(bits: float | None, frames: int, height: int, width: int) -> float | None:
+def bits_per_pixel(bits: float | int | None, frames: int, height: int, width: int) -> float | None:
     """Bits for each pixel (not each colour value) of a clip; None if there is no count of bits.
 
     **Arguments:**
@@ -26,7 +26,7 @@ def bits_per_pixel(bits: float | None, frames: int, height: int, width: int) -> 
 
 
 def bpp16(
-    tokens: int, bits_per_token: float | None, frames: int, height: int, width: int
+    tokens: int, bits_per_token: float | int | None, frames: int, height: int, width: int
 ) -> float | None:
     """`16 * tokens * log2(codes) / (frames * height * width)`, the convention of video tokenizers.
 

@@ -18,8 +18,8 @@ from ._charts import Chart, render_chart
 from ._files import write_atomic
 from ._tables import Table
 
-# A filmstrip shows at most so many frames, evenly chosen: a whole clip on one screen. Each is stored
-# and shown at most 96 pixels high, and never shown lower than 44.
+# A filmstrip shows at most so many frames, evenly chosen: a whole clip on one screen. Each is
+# stored and shown at most 96 pixels high, and never shown lower than 44.
 _MOST_CELLS = 24
 _CELL = 96
 _SMALLEST_CELL = 44

@@ -136,7 +136,7 @@ class Measurement:
         return tuple(float(np.mean(frames[i : i + size])) for i in range(0, len(frames), size))
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[float] | np.ndarray) -> float:
     return float(np.mean(values))
 
 
@@ -336,7 +336,7 @@ class Sample:
     """
 
     item: str
-    fps: float | None
+    fps: float | int | None
     cuts: tuple[int, ...]
     truth: UInt8[np.ndarray, "frames height width 3"]
     reconstructions: tuple[Reconstruction, ...]
@@ -403,8 +403,8 @@ class Satisfaction:
 def satisfaction_of_search(row: Row) -> Satisfaction:
     """How many blocks a search satisfies within a limit on the tokens of a block.
 
-    For a limit `L`, a block that met the threshold with `l <= L` tokens counts as satisfied and costs
-    `l`; any other costs `L` and is not. One search gives the whole curve, which is how arXiv
+    For a limit `L`, a block that met the threshold with `l <= L` tokens counts as satisfied and
+    costs `l`; any other costs `L` and is not. One search gives the whole curve, which is how arXiv
     2410.08368 presents its results. Exact where blocks stand alone; in a clip, later blocks saw
     earlier ones at the lengths of the search.
 
@@ -421,7 +421,7 @@ def satisfaction_of_search(row: Row) -> Satisfaction:
     )
 
 
-def satisfaction_of_fixed(rows: Sequence[Row], threshold: float) -> Satisfaction:
+def satisfaction_of_fixed(rows: Sequence[Row], threshold: float | int) -> Satisfaction:
     """How many blocks have an MSE of at most `threshold` when all are given the same length.
 
     **Arguments:**

@@ -64,7 +64,7 @@ class _Cells:
 
 
 def _lloyd(cells: _Cells, values: np.ndarray) -> np.ndarray:
-    """Lloyd's iteration (Lloyd 1982, method I): nearest value, then mean; never increases the error."""
+    """Lloyd's iteration (Lloyd 1982, method I): nearest value, then mean; the error never grows."""
     error = cells.errors(values).sum()
     for _ in range(_LLOYD_STEPS):
         better = cells.means(cells.edges(values))
@@ -122,7 +122,7 @@ def _front(bits: np.ndarray, errors: np.ndarray) -> np.ndarray:
     return kept[np.concatenate([stretch[1:] != stretch[:-1], [True]])]
 
 
-def allocate(choices: Sequence[Sequence[Quantiser]], bits: float) -> list[Quantiser]:
+def allocate(choices: Sequence[Sequence[Quantiser]], bits: float | int) -> list[Quantiser]:
     """One quantiser for each number, so that their summed error is least within a budget.
 
     A fixed-rate code: the levels chosen together name one of `prod(levels) <= 2**bits` symbols.

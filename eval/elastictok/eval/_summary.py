@@ -18,21 +18,21 @@ from ._results import (
 from ._tables import Table, TableRow, number, share
 
 _QUALITY_NOTE = (
-    "tokens: mean of a block. bpp: bits per pixel, lengths of the blocks included. MSE on pixels in "
-    "[-1, 1], over all pixels. PSNR = 10 log10(4/MSE) in dB: frame = mean over frames, clip = mean "
-    "over items of the PSNR of the item's MSE, all = of the MSE over all pixels. SSIM 11: Gaussian "
-    "window of 11x11, sigma 1.5; SSIM 7: uniform window of 7x7. met: share of blocks that meet the "
-    "threshold."
+    "tokens: mean of a block. bpp: bits per pixel, lengths of the blocks included. MSE on pixels "
+    "in [-1, 1], over all pixels. PSNR = 10 log10(4/MSE) in dB: frame = mean over frames, clip = "
+    "mean over items of the PSNR of the item's MSE, all = of the MSE over all pixels. SSIM 11: "
+    "Gaussian window of 11x11, sigma 1.5; SSIM 7: uniform window of 7x7. met: share of blocks that "
+    "meet the threshold."
 )
 _RIVAL_NOTE = (
-    " Below the rule: trivial coders at a fixed rate, fitted to training material; their bpp is their "
-    "own."
+    " Below the rule: trivial coders at a fixed rate, fitted to training material where they have "
+    "anything to fit; each at a bpp of its own."
 )
 _COST_NOTE = (
     "Tokens of a block, over all blocks. bpp16: 16 x bits of the tokens alone, per pixel. passes: "
     "through each network for a block, while encoding. seconds: for an item, resizing included, "
-    "compilation not. codes: distinct codes used, of the code book, over kept tokens; perplexity of "
-    "their frequencies (several streams: one number each)."
+    "compilation not. codes: distinct codes used, of the code book, over kept tokens; perplexity "
+    "of their frequencies (several streams: one number each)."
 )
 
 

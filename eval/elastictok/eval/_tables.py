@@ -35,12 +35,12 @@ class Table:
 
 def number(value: float | None, digits: int) -> str:
     """A number with so many decimals; a dash for what does not apply."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def share(value: float | None) -> str:
     """A share as whole per cent; a dash for what does not apply."""
-    return "–" if value is None else f"{100 * value:.0f} %"
+    return "-" if value is None else f"{100 * value:.0f} %"
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
