@@ -12,6 +12,7 @@ from ._elastictok import Cache, Decoder, ElasticTok, ElasticTokOutput, Encoder, 
 from ._io import ModelFileError, fingerprint, load, save
 from ._order import AbstractOrder, CoarseToFine, Raster
 from ._patching import Patching
+from ._place import PlaceEmbedding
 from ._rope import rotary, rotate
 from ._taildrop import AbstractTailDrop, FixedDrop, LogUniformDrop, UniformDrop
 from ._transformer import KVCache, Linear, RMSNorm, SwiGLU, Transformer, count_parameters
@@ -31,6 +32,7 @@ __all__ = [
     "LogUniformDrop",
     "ModelFileError",
     "Patching",
+    "PlaceEmbedding",
     "RMSNorm",
     "Raster",
     "SwiGLU",

@@ -1,8 +1,11 @@
 """The tokenizer: patches, encoder, quantizer, decoder, patches; any prefix of tokens is kept."""
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
@@ -11,6 +14,7 @@ from elastictok.quantizers import AbstractQuantizer, QuantizerOutput
 
 from ._order import AbstractOrder
 from ._patching import Patching
+from ._place import PlaceEmbedding, cell_coordinates
 from ._transformer import KVCache, Linear, RMSNorm, Transformer
 
 
@@ -20,6 +24,7 @@ class Encoder(eqx.Module):
     in_proj: Linear
     kept: Float[Array, "dim"]
     masked: Float[Array, "dim"]
+    place: PlaceEmbedding | None
     transformer: Transformer
     norm: RMSNorm
     out_proj: Linear
@@ -38,18 +43,21 @@ class Encoder(eqx.Module):
         std: float = 0.02,
         dtype: DTypeLike = jnp.float32,
         remat: bool = False,
+        place_frequencies: int | None = None,
         key: Key[Array, ""],
     ):
         """**Arguments:**
 
         - `patch_dim`: values in a patch.
         - `latent_dim`: what the quantizer takes per token (its `input_dim`).
+        - `place_frequencies`: of a `PlaceEmbedding`; None for none, as in the paper.
         - the others: see `Transformer`.
         """
-        i, k, m, t, o = jax.random.split(key, 5)
+        i, k, m, p, t, o = jax.random.split(key, 6)
         self.in_proj = Linear(patch_dim, dim, std=std, key=i)
         self.kept = std * jax.random.normal(k, (dim,))
         self.masked = std * jax.random.normal(m, (dim,))
+        self.place = _place(place_frequencies, dim, std, p)
         self.transformer = Transformer(
             dim=dim,
             hidden=hidden,
@@ -66,10 +74,14 @@ class Encoder(eqx.Module):
         self.out_proj = Linear(dim, latent_dim, std=std, key=o)
 
     def embed(
-        self, patches: Float[Array, "tokens patch"], keep: Bool[Array, "tokens"]
+        self,
+        patches: Float[Array, "tokens patch"],
+        keep: Bool[Array, "tokens"],
+        coordinates: Float[Array, "tokens 3"],
     ) -> Float[Array, "tokens dim"]:
-        """Input embeddings: each patch's, plus the *kept* or the *masked* vector."""
-        return self.in_proj(patches) + jnp.where(keep[:, None], self.kept, self.masked)
+        """Input embeddings: each patch's, its *kept* or *masked* vector and its place."""
+        x = self.in_proj(patches) + jnp.where(keep[:, None], self.kept, self.masked)
+        return x if self.place is None else x + self.place(coordinates)
 
     def readout(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens latent_dim"]:
         """Latents from the last layer's output."""
@@ -81,15 +93,21 @@ class Encoder(eqx.Module):
         keep: Bool[Array, "tokens"],
         mask: AbstractMask,
         positions: Int[Array, "tokens"],
+        coordinates: Float[Array, "tokens 3"],
     ) -> Float[Array, "tokens latent_dim"]:
         """Latents of a whole sequence."""
-        return self.readout(self.transformer(self.embed(patches, keep), mask, positions))
+        x = self.embed(patches, keep, coordinates)
+        return self.readout(self.transformer(x, mask, positions))
 
     def extend(
-        self, patches: Float[Array, "tokens patch"], keep: Bool[Array, "tokens"], cache: KVCache
+        self,
+        patches: Float[Array, "tokens patch"],
+        keep: Bool[Array, "tokens"],
+        cache: KVCache,
+        coordinates: Float[Array, "tokens 3"],
     ) -> tuple[Float[Array, "tokens latent_dim"], KVCache]:
         """Latents of the next block of a stream."""
-        x, cache = self.transformer.extend(self.embed(patches, keep), cache)
+        x, cache = self.transformer.extend(self.embed(patches, keep, coordinates), cache)
         return self.readout(x), cache
 
 
@@ -97,6 +115,7 @@ class Decoder(eqx.Module):
     """Latents (zero where dropped) to patches in (-1, 1)."""
 
     in_proj: Linear
+    place: PlaceEmbedding | None
     transformer: Transformer
     norm: RMSNorm
     out_proj: Linear
@@ -115,16 +134,19 @@ class Decoder(eqx.Module):
         std: float = 0.02,
         dtype: DTypeLike = jnp.float32,
         remat: bool = False,
+        place_frequencies: int | None = None,
         key: Key[Array, ""],
     ):
         """**Arguments:**
 
         - `latent_dim`: what the quantizer gives per token (its `latent_dim`).
         - `patch_dim`: values in a patch.
+        - `place_frequencies`: of a `PlaceEmbedding`; None for none, as in the paper.
         - the others: see `Transformer`.
         """
-        i, t, o = jax.random.split(key, 3)
+        i, p, t, o = jax.random.split(key, 4)
         self.in_proj = Linear(latent_dim, dim, std=std, key=i)
+        self.place = _place(place_frequencies, dim, std, p)
         self.transformer = Transformer(
             dim=dim,
             hidden=hidden,
@@ -140,6 +162,13 @@ class Decoder(eqx.Module):
         self.norm = RMSNorm(dim, eps)
         self.out_proj = Linear(dim, patch_dim, std=std, key=o)
 
+    def embed(
+        self, latents: Float[Array, "tokens latent_dim"], coordinates: Float[Array, "tokens 3"]
+    ) -> Float[Array, "tokens dim"]:
+        """Input embeddings: each latent's, plus its place."""
+        x = self.in_proj(latents)
+        return x if self.place is None else x + self.place(coordinates)
+
     def readout(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens patch"]:
         """Patches from the last layer's output."""
         return jnp.tanh(self.out_proj(self.norm(x)))
@@ -149,15 +178,20 @@ class Decoder(eqx.Module):
         latents: Float[Array, "tokens latent_dim"],
         mask: AbstractMask,
         positions: Int[Array, "tokens"],
+        coordinates: Float[Array, "tokens 3"],
     ) -> Float[Array, "tokens patch"]:
         """Patches of a whole sequence."""
-        return self.readout(self.transformer(self.in_proj(latents), mask, positions))
+        x = self.embed(latents, coordinates)
+        return self.readout(self.transformer(x, mask, positions))
 
     def extend(
-        self, latents: Float[Array, "tokens latent_dim"], cache: KVCache
+        self,
+        latents: Float[Array, "tokens latent_dim"],
+        cache: KVCache,
+        coordinates: Float[Array, "tokens 3"],
     ) -> tuple[Float[Array, "tokens patch"], KVCache]:
         """Patches of the next block of a stream."""
-        x, cache = self.transformer.extend(self.in_proj(latents), cache)
+        x, cache = self.transformer.extend(self.embed(latents, coordinates), cache)
         return self.readout(x), cache
 
 
@@ -223,18 +257,25 @@ class ElasticTok(eqx.Module):
         """Tokens of a block at the trained size."""
         return self.tokens_per_block(*self.size)
 
+    def grid(self, height: int, width: int) -> tuple[int, int, int]:
+        """Cells of a block of frames of the given size along time, height and width.
+
+        **Raises:** `ValueError` if the patch does not divide the size.
+        """
+        return self.patching.grid(self.frames_per_block, height, width)
+
     def tokens_per_block(self, height: int, width: int) -> int:
         """Tokens of a block of frames of the given size.
 
         **Raises:** `ValueError` if the patch does not divide the size.
         """
-        t, h, w = self.patching.grid(self.frames_per_block, height, width)
-        return t * h * w
+        return math.prod(self.grid(height, width))
 
     def patch(self, pixels: Float[Array, "frames height width 3"]) -> Float[Array, "tokens patch"]:
         """Patches of whole blocks in token order."""
         blocks = self._blocks(pixels.shape[0])
-        grid = self.patching.grid(self.frames_per_block, *pixels.shape[1:3])
+        _, height, width, _ = pixels.shape
+        grid = self.grid(height, width)
         cells = self.patching.patch(pixels)
         cells = cells.reshape(blocks, -1, cells.shape[-1])[:, self.order.cells(grid)]
         return cells.reshape(-1, cells.shape[-1])
@@ -243,7 +284,7 @@ class ElasticTok(eqx.Module):
         self, patches: Float[Array, "tokens patch"], height: int, width: int
     ) -> Float[Array, "frames height width 3"]:
         """The inverse of `patch`."""
-        grid = self.patching.grid(self.frames_per_block, height, width)
+        grid = self.grid(height, width)
         blocks = self._whole(patches.shape[0], height, width)
         cells = patches.reshape(blocks, -1, patches.shape[-1])[:, self.order.ranks(grid)]
         cells = cells.reshape(patches.shape)
@@ -281,14 +322,14 @@ class ElasticTok(eqx.Module):
         quantized = self.encode_tokens(
             self.patch(pixels),
             self.keep(lengths, height, width, valid),
-            tokens_per_block=tokens,
+            grid=self.grid(height, width),
             segments=segment_ids,
             key_valid=key_valid,
             key=key,
         )
         patches = self.decode_tokens(
             quantized.latents,
-            tokens_per_block=tokens,
+            grid=self.grid(height, width),
             segments=segment_ids,
             key_valid=key_valid,
         )
@@ -316,7 +357,7 @@ class ElasticTok(eqx.Module):
         return self.encode_tokens(
             self.patch(pixels),
             self.keep(lengths, height, width, valid),
-            tokens_per_block=tokens,
+            grid=self.grid(height, width),
             segments=_spread(segments, tokens),
             key_valid=_spread(valid, tokens),
             key=key,
@@ -337,7 +378,7 @@ class ElasticTok(eqx.Module):
         keep = self.keep(lengths, height, width, valid)
         patches = self.decode_tokens(
             jnp.where(keep[:, None], latents, 0),
-            tokens_per_block=tokens,
+            grid=self.grid(height, width),
             segments=_spread(segments, tokens),
             key_valid=_spread(valid, tokens),
         )
@@ -365,7 +406,7 @@ class ElasticTok(eqx.Module):
         patches: Float[Array, "tokens patch"],
         keep: Bool[Array, "tokens"],
         *,
-        tokens_per_block: int,
+        grid: tuple[int, int, int],
         segments: Int[Array, "tokens"] | None = None,
         key_valid: Bool[Array, "tokens"] | None = None,
         positions: Int[Array, "tokens"] | None = None,
@@ -377,27 +418,36 @@ class ElasticTok(eqx.Module):
 
         - `patches`: in token order.
         - `keep`: any mask, not only prefixes.
-        - `tokens_per_block`: the block grid starts at the first token.
+        - `grid`: cells of a block; the first block starts at the first token.
         - `segments`: document of each token.
         - `key_valid`: false for tokens that nobody sees.
         - `positions`: for the rotary embedding; the index in the sequence by default.
         """
-        mask = _mask(tokens_per_block, segments, key_valid)
-        latents = self.encoder(patches, keep, mask, _positions(positions, patches))
+        latents = self.encoder(
+            patches,
+            keep,
+            _mask(math.prod(grid), segments, key_valid),
+            _positions(positions, patches),
+            self._coordinates(grid, patches.shape[0]),
+        )
         return self.quantizer(latents, keep, key=key)
 
     def decode_tokens(
         self,
         latents: Float[Array, "tokens latent_dim"],
         *,
-        tokens_per_block: int,
+        grid: tuple[int, int, int],
         segments: Int[Array, "tokens"] | None = None,
         key_valid: Bool[Array, "tokens"] | None = None,
         positions: Int[Array, "tokens"] | None = None,
     ) -> Float[Array, "tokens patch"]:
         """The decoder on tokens; see `encode_tokens`. Latents must be zero where dropped."""
-        mask = _mask(tokens_per_block, segments, key_valid)
-        return self.decoder(latents, mask, _positions(positions, latents))
+        return self.decoder(
+            latents,
+            _mask(math.prod(grid), segments, key_valid),
+            _positions(positions, latents),
+            self._coordinates(grid, latents.shape[0]),
+        )
 
     def init_cache(self, blocks: int, *, height: int, width: int) -> Cache:
         """The state of a stream that has not started.
@@ -426,8 +476,10 @@ class ElasticTok(eqx.Module):
             raise ValueError(
                 f"a block has {self.frames_per_block} frames; {pixels.shape[0]} were given"
             )
-        keep = self.keep(length[None], *pixels.shape[1:3])
-        latents, encoder = self.encoder.extend(self.patch(pixels), keep, cache.encoder)
+        _, height, width, _ = pixels.shape
+        keep = self.keep(length[None], height, width)
+        coordinates = self._coordinates(self.grid(height, width), len(keep))
+        latents, encoder = self.encoder.extend(self.patch(pixels), keep, cache.encoder, coordinates)
         return self.quantizer(latents, keep, key=key), Cache(encoder, cache.decoder)
 
     def decode_block(
@@ -441,8 +493,15 @@ class ElasticTok(eqx.Module):
     ) -> tuple[Float[Array, "frames height width 3"], Cache]:
         """Pixels of the next block of a stream, and the state with the decoder's part moved on."""
         keep = self.keep(length[None], height, width)
-        patches, decoder = self.decoder.extend(jnp.where(keep[:, None], latents, 0), cache.decoder)
+        latents = jnp.where(keep[:, None], latents, 0)
+        coordinates = self._coordinates(self.grid(height, width), len(keep))
+        patches, decoder = self.decoder.extend(latents, cache.decoder, coordinates)
         return self.unpatch(patches, height, width), Cache(cache.encoder, decoder)
+
+    def _coordinates(self, grid: tuple[int, int, int], tokens: int) -> Float[Array, "tokens 3"]:
+        # The last block of a token-level call may be cut.
+        blocks = -(-tokens // math.prod(grid))
+        return jnp.asarray(np.tile(cell_coordinates(self.order, grid), (blocks, 1))[:tokens])
 
     def _blocks(self, frames: int) -> int:
         if frames < 1 or frames % self.frames_per_block:
@@ -466,6 +525,14 @@ def trainable(model: ElasticTok) -> PyTree[bool]:
     """True for each array that gradient descent trains: all but the quantizer's own state."""
     flags = jax.tree.map(eqx.is_inexact_array, model)
     return eqx.tree_at(lambda m: m.quantizer, flags, model.quantizer.trainable())
+
+
+def _place(
+    frequencies: int | None, dim: int, std: float, key: Key[Array, ""]
+) -> PlaceEmbedding | None:
+    if frequencies is None:
+        return None
+    return PlaceEmbedding(dim, frequencies=frequencies, std=std, key=key)
 
 
 def _mask(

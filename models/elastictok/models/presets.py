@@ -32,6 +32,7 @@ def build(
     std: float = 0.02,
     dtype: DTypeLike = jnp.float32,
     remat: bool = False,
+    place_frequencies: int | None = None,
     key: Key[Array, ""],
 ) -> ElasticTok:
     """An ElasticTok whose encoder and decoder have equal sizes; see `ElasticTok`, `Transformer`."""
@@ -47,6 +48,7 @@ def build(
         std=std,
         dtype=dtype,
         remat=remat,
+        place_frequencies=place_frequencies,
         key=e,
     )
     decoder = Decoder(
@@ -60,6 +62,7 @@ def build(
         std=std,
         dtype=dtype,
         remat=remat,
+        place_frequencies=place_frequencies,
         key=d,
     )
     return ElasticTok(
@@ -90,6 +93,7 @@ def demo(*, key: Key[Array, ""], quantizer: AbstractQuantizer | None = None) -> 
         layers=2,
         heads=4,
         theta=1e4,
+        place_frequencies=8,
         key=key,
     )
 
@@ -109,6 +113,7 @@ def small(*, key: Key[Array, ""], quantizer: AbstractQuantizer | None = None) ->
         layers=4,
         heads=4,
         theta=1e5,
+        place_frequencies=16,
         key=key,
     )
 

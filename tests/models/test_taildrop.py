@@ -1,0 +1,38 @@
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastictok.models import FixedDrop, LogUniformDrop, UniformDrop
+
+
+@given(seed=st.integers(0, 1000), low=st.integers(1, 5), width=st.integers(0, 8))
+def test_lengths_stay_within_their_bounds(seed, low, width):
+    for policy in (UniformDrop(), LogUniformDrop(), FixedDrop(3)):
+        lengths = np.asarray(policy(jax.random.key(seed), 64, low, low + width))
+        assert lengths.shape == (64,)
+        assert lengths.dtype == np.int32
+        assert low <= lengths.min()
+        assert lengths.max() <= low + width
+
+
+def test_uniform_drop_draws_every_length_equally_often():
+    lengths = np.asarray(UniformDrop()(jax.random.key(0), 40_000, 4, 11))
+    counts = np.bincount(lengths, minlength=12)[4:]
+    assert len(counts) == 8
+    # Five standard deviations of a binomial count around 5000.
+    assert np.abs(counts - 5000).max() < 5 * np.sqrt(40_000 * 1 / 8 * 7 / 8)
+
+
+def test_log_uniform_drop_draws_every_octave_equally_often():
+    lengths = np.asarray(LogUniformDrop()(jax.random.key(0), 40_000, 4, 63))
+    octaves = np.bincount(np.floor(np.log2(lengths)).astype(int), minlength=6)[2:]
+    assert len(octaves) == 4
+    assert np.abs(octaves - 10_000).max() < 5 * np.sqrt(40_000 * 1 / 4 * 3 / 4)
+
+
+def test_fixed_drop_is_clipped_to_what_the_block_has():
+    assert set(np.asarray(FixedDrop(40)(jax.random.key(0), 3, 2, 16))) == {16}
+    with pytest.raises(ValueError, match="length is 0"):
+        FixedDrop(0)
