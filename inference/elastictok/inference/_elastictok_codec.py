@@ -1,0 +1,180 @@
+"""`ElasticTok` as an `ElasticCodec`."""
+
+from functools import cached_property
+from typing import final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int32, PyTree, UInt8
+
+from elastictok.models import ElasticTok, fingerprint
+from elastictok.quantizers import AbstractDiscreteQuantizer
+
+from ._codec import Codes, ElasticCodec, Latents
+
+
+class Stream(eqx.Module):
+    """One half of a model's stream, the encoder's or the decoder's.
+
+    - `cache`: that half's KV cache.
+    - `window`: blocks that it holds.
+    - `height`, `width`: of the frames.
+    """
+
+    cache: PyTree
+    window: int = eqx.field(static=True)
+    height: int = eqx.field(static=True)
+    width: int = eqx.field(static=True)
+
+
+@final
+class ElasticTokCodec(ElasticCodec[Stream, Stream]):
+    """An `ElasticTok` behind the interface that strategies and `Tokenizer` work with.
+
+    Encoder and decoder are one jitted function each, shared by all codecs: they compile once per
+    model structure, frame size and window. The length is an array in them, so that no length
+    compiles anything. They are two functions, not one, so that decoding a file runs the very
+    program whose pixels were measured when it was made.
+    """
+
+    model: ElasticTok
+
+    def __init__(self, model: ElasticTok):
+        self.model = model
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.model.size
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        return self.model.patching.height, self.model.patching.width
+
+    @property
+    def frames_per_block(self) -> int:
+        return self.model.frames_per_block
+
+    @property
+    def context(self) -> int:
+        return self.model.context
+
+    @property
+    def min_tokens(self) -> int:
+        return self.model.min_tokens
+
+    @property
+    def values(self) -> Codes | Latents:
+        return self._values
+
+    @property
+    def bits_per_token(self) -> float | None:
+        return self.model.quantizer.bits_per_token
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _values(self) -> Codes | Latents:
+        quantizer = self.model.quantizer
+        if not isinstance(quantizer, AbstractDiscreteQuantizer):
+            return Latents(quantizer.latent_dim)
+        one = jax.ShapeDtypeStruct((1, quantizer.latent_dim), jnp.float32)
+        codes = jax.eval_shape(quantizer.to_codes, one)  # one stream may come as [tokens 1]
+        return Codes(quantizer.codebook_size, *codes.shape[1:])
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.model)  # hashes every weight: once is enough
+
+    def tokens_per_block(self, height: int, width: int) -> int:
+        return self.model.tokens_per_block(height, width)
+
+    def encoder_state(self, window: int, height: int, width: int) -> Stream:
+        cache = self.model.init_cache(window, height=height, width=width)
+        return Stream(cache.encoder, window, height, width)
+
+    def decoder_state(self, window: int, height: int, width: int) -> Stream:
+        cache = self.model.init_cache(window, height=height, width=width)
+        return Stream(cache.decoder, window, height, width)
+
+    def encode(
+        self, pixels: UInt8[np.ndarray, "frames height width 3"], length: int, state: Stream
+    ) -> tuple[np.ndarray, Stream]:
+        """See `ElasticCodec.encode`.
+
+        **Raises:** `FloatingPointError` if a kept latent is not finite.
+        """
+        values, finite, state = _encode(self.model, jnp.asarray(pixels), _scalar(length), state)
+        if not finite:
+            raise FloatingPointError(
+                "the encoder's latents are not finite: the model's weights hold NaN or infinity, "
+                "or its compute precision overflows"
+            )
+        return np.asarray(values), state
+
+    def decode(
+        self, values: np.ndarray, length: int, state: Stream
+    ) -> tuple[UInt8[np.ndarray, "frames height width 3"], Stream]:
+        """See `ElasticCodec.decode`.
+
+        **Raises:** `FloatingPointError` if a pixel is not finite.
+        """
+        pixels, finite, state = _decode(self.model, jnp.asarray(values), _scalar(length), state)
+        if not finite:
+            raise FloatingPointError(
+                "the decoder's pixels are not finite: the model's weights hold NaN or infinity, "
+                "or its compute precision overflows"
+            )
+        return np.asarray(pixels), state
+
+
+def as_codec(model: ElasticTok | ElasticCodec) -> ElasticCodec:
+    """The model behind the interface, or the codec as it is."""
+    return ElasticTokCodec(model) if isinstance(model, ElasticTok) else model
+
+
+def _scalar(length: int) -> Int32[Array, ""]:
+    return jnp.asarray(np.int32(length))
+
+
+@eqx.filter_jit
+def _encode(
+    model: ElasticTok,
+    pixels: UInt8[Array, "frames height width 3"],
+    length: Int32[Array, ""],
+    state: Stream,
+) -> tuple[Int32[Array, "tokens *streams"] | Float32[Array, "tokens dim"], Bool[Array, ""], Stream]:
+    empty = model.init_cache(state.window, height=state.height, width=state.width)
+    cache = eqx.tree_at(lambda c: c.encoder, empty, state.cache)
+    unit = pixels.astype(jnp.float32) / 127.5 - 1
+    quantized, cache = model.encode_block(unit, length, cache)
+    if quantized.codes is None:
+        values = quantized.latents.astype(jnp.float32)
+    else:
+        values = quantized.codes.astype(jnp.int32)
+    finite = jnp.all(jnp.isfinite(quantized.latents))
+    return values, finite, Stream(cache.encoder, state.window, state.height, state.width)
+
+
+@eqx.filter_jit
+def _decode(
+    model: ElasticTok,
+    values: Int32[Array, "tokens *streams"] | Float32[Array, "tokens dim"],
+    length: Int32[Array, ""],
+    state: Stream,
+) -> tuple[UInt8[Array, "frames height width 3"], Bool[Array, ""], Stream]:
+    # The half that is not used is never computed: XLA drops it.
+    empty = model.init_cache(state.window, height=state.height, width=state.width)
+    cache = eqx.tree_at(lambda c: c.decoder, empty, state.cache)
+    if isinstance(model.quantizer, AbstractDiscreteQuantizer):
+        latents = model.quantizer.from_codes(values)
+    else:
+        latents = values
+    # The model takes tokens from `length` on as dropped, whatever code 0 stands for.
+    unit, cache = model.decode_block(latents, length, cache, height=state.height, width=state.width)
+    pixels = jnp.clip(jnp.round((unit + 1) * 127.5), 0, 255).astype(jnp.uint8)
+    finite = jnp.all(jnp.isfinite(unit))
+    return pixels, finite, Stream(cache.decoder, state.window, state.height, state.width)
