@@ -1,0 +1,118 @@
+"""From folders to lists of files, in an order that does not depend on the machine."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from elastictok.data._errors import MediaError
+
+PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+"""Suffixes of files read as pictures; of an animated one, the first frame."""
+
+CLIPS = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+"""Suffixes of files read as clips; an animated GIF is a clip, also if it has a single frame."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """Files that were found, by kind, each in a deterministic order."""
+
+    pictures: tuple[Path, ...]
+    clips: tuple[Path, ...]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Pictures, then clips."""
+        return self.pictures + self.clips
+
+
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES
+
+
+def is_clip(path: Path) -> bool:
+    return path.suffix.lower() in CLIPS
+
+
+def wanted() -> str:
+    return " ".join(PICTURES + CLIPS)
+
+
+def find_media(folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Media:
+    """Finds pictures and clips in folders and all folders below them.
+
+    The suffix alone decides, in any case (`.JPG`). Names that begin with a dot are left out, as
+    are files of other suffixes, pipes and sockets; links are followed, a folder that links back
+    to itself is entered once. A broken link counts as a file, and fails when it is read.
+
+    **Arguments:**
+
+    - `folders`: one folder or several; single files may be given too.
+
+    **Returns:** the files, folder by folder as given, within a folder sorted by the path below
+    it. A file that two folders share is listed once.
+
+    **Raises:** `MediaError` for a path that does not exist or cannot be listed, for a folder
+    without any picture or clip, and for a single file of another suffix.
+    """
+    roots = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
+    if not roots:
+        raise ValueError("no folder was given; give at least one folder of pictures or clips")
+    unique: dict[str, Path] = {}
+    for root in map(Path, roots):
+        for path in _one(root):
+            unique.setdefault(os.path.abspath(path), path)
+    return Media(
+        pictures=tuple(filter(is_picture, unique.values())),
+        clips=tuple(filter(is_clip, unique.values())),
+    )
+
+
+def _one(root: Path) -> list[Path]:
+    if root.is_dir():
+        others: list[str] = []
+        names = sorted(_walk(root, others))
+        if not names:
+            seen = f"; it holds {len(others)} other files, such as {others[0]}" if others else ""
+            raise MediaError(
+                root, f"no picture or clip in this folder or below it (looked for {wanted()}){seen}"
+            )
+        return [root / name for name in names]
+    if not os.path.lexists(root):
+        raise MediaError(root, "no such file or folder; check the spelling")
+    if not (is_picture(root) or is_clip(root)):
+        raise MediaError(root, f"neither a folder nor a picture or clip (of {wanted()})")
+    return [root]
+
+
+def _walk(root: Path, others: list[str]) -> Iterator[str]:
+    """Yields paths below `root` with forward slashes; fills `others` with names left out."""
+    entered = set()
+    pending = [""]
+    while pending:
+        below = pending.pop()
+        folder = root / below
+        try:
+            status = folder.stat()
+            identity = (status.st_dev, status.st_ino)
+            if identity in entered:
+                continue
+            entered.add(identity)
+            # Sorted here too: which of two links to one folder is entered must not depend on
+            # the order in which the file system lists them.
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            raise MediaError(
+                folder, f"cannot be listed ({error.strerror}); allow it or leave the folder out"
+            ) from error
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            name = f"{below}/{entry.name}" if below else entry.name
+            if entry.is_dir():
+                pending.append(name)
+            elif Path(name).suffix.lower() not in PICTURES + CLIPS:
+                others.append(name)
+            elif entry.is_file() or entry.is_symlink():
+                yield name

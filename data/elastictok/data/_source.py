@@ -1,0 +1,258 @@
+"""Where documents come from: random access to pictures or clips, by index.
+
+A source knows files or arrays; it knows nothing of blocks, crops or batches.
+"""
+
+import abc
+import dataclasses
+import hashlib
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from elastictok.data._cache import Cache
+from elastictok.data._clip import Probe, probe_clip, read_clip, read_stretch, shown
+from elastictok.data._crop import WorkingSize
+from elastictok.data._errors import MediaError
+from elastictok.data._picture import read_picture
+from elastictok.data._types import Clip
+
+_PROBE_BYTES = 1024  # more than one takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of every item of a source.
+
+    **Arguments:**
+
+    - `fps`: the rate that clips are resampled to; `None` for the average rate of each.
+    - `frames`: the most frames that are read of an item at once.
+    - `working`: the size that frames may be scaled down to.
+    """
+
+    fps: float | int | None
+    frames: int
+    working: WorkingSize
+
+
+class AbstractItem(abc.ABC):
+    """A picture or clip, resampled, of which any stretch can be read."""
+
+    @property
+    @abc.abstractmethod
+    def frames(self) -> int:
+        """Number of frames, at least 1; of a damaged clip there may be fewer in the end."""
+
+    @property
+    @abc.abstractmethod
+    def missing(self) -> int:
+        """Frames that are known not to be there although promised."""
+
+    @abc.abstractmethod
+    def read(self, start: int, count: int) -> UInt8[np.ndarray, "frames height width 3"]:
+        """Frames `start` to `start + count`; fewer, perhaps none, where the clip is damaged.
+
+        **Raises:** `MediaError`.
+        """
+
+
+class AbstractSource(abc.ABC):
+    """Random access to pictures, or to clips. Instances are sent to worker processes."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def name(self, index: int) -> str:
+        """What to call an item in messages."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when items are added, removed or put in another order."""
+
+    @abc.abstractmethod
+    def item(self, index: int, request: Request) -> AbstractItem:
+        """Opens an item.
+
+        **Raises:** `MediaError` if it cannot be used.
+        """
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Frames(AbstractItem):
+    """An item that is in memory, with the stored frame that each of its frames shows."""
+
+    stored: UInt8[np.ndarray, "stored height width 3"]
+    order: np.ndarray
+    lost: int = 0
+
+    @property
+    def frames(self) -> int:
+        return len(self.order)
+
+    @property
+    def missing(self) -> int:
+        return self.lost
+
+    def read(self, start: int, count: int) -> UInt8[np.ndarray, "frames height width 3"]:
+        return self.stored[self.order[start : start + count]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _LongClip(AbstractItem):
+    """A clip that is decoded stretch by stretch."""
+
+    path: Path
+    probe: Probe
+    rate: float
+    working: WorkingSize
+
+    @property
+    def frames(self) -> int:
+        return self.probe.frames(self.rate)
+
+    @property
+    def missing(self) -> int:
+        return 0
+
+    def read(self, start: int, count: int) -> UInt8[np.ndarray, "frames height width 3"]:
+        return read_stretch(
+            self.path, self.probe, rate=self.rate, start=start, count=count, working=self.working
+        )
+
+
+class MemorySource(AbstractSource):
+    """Pictures or clips in memory, used as they are: nothing is scaled down beforehand.
+
+    **Arguments:**
+
+    - `clips`: see [`Clip`][].
+    """
+
+    def __init__(self, clips: Sequence[Clip]):
+        self._clips = tuple(clips)
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def name(self, index: int) -> str:
+        clip = self._clips[index]
+        return f"item {index}" if clip.path is None else str(clip.path)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for clip in self._clips:
+            pixels = zlib.crc32(np.ascontiguousarray(clip.frames).data)
+            digest.update(f"{clip.frames.shape} {clip.fps} {pixels}\n".encode())
+        return digest.hexdigest()
+
+    def item(self, index: int, request: Request) -> AbstractItem:
+        clip = self._clips[index]
+        frames = len(clip.frames)
+        if clip.fps is None or request.fps is None:
+            return _Frames(clip.frames, np.arange(frames), clip.missing)
+        return _Frames(clip.frames, shown(frames, clip.fps, request.fps), clip.missing)
+
+
+class PictureFiles(AbstractSource):
+    """Picture files, decoded when asked for and kept at working size.
+
+    **Arguments:**
+
+    - `paths`: the files.
+    - `cache`: where decoded pictures are kept.
+    """
+
+    def __init__(self, paths: Sequence[Path], cache: Cache):
+        self._paths = tuple(paths)
+        self._cache = cache
+        self._broken: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, index: int) -> str:
+        return str(self._paths[index])
+
+    def fingerprint(self) -> str:
+        return _names(self._paths)
+
+    def item(self, index: int, request: Request) -> AbstractItem:
+        if index in self._broken:
+            raise MediaError(self._paths[index], self._broken[index])
+        key = (self._paths[index], request)
+        pixels = self._cache.get(key)
+        if pixels is None:
+            try:
+                pixels = read_picture(self._paths[index], working=request.working)
+            except MediaError as error:
+                self._broken[index] = error.reason
+                raise
+            self._cache.put(key, pixels, pixels.nbytes)
+        return _Frames(pixels[None], np.zeros(1, np.int64))
+
+
+class ClipFiles(AbstractSource):
+    """Clip files. Short ones, and all if they fit into the cache together, are decoded whole and
+    kept at working size; of others, only the stretch that is asked for is decoded.
+
+    Which of the two depends on the file and the settings alone, never on what is in the cache.
+
+    **Arguments:**
+
+    - `paths`: the files.
+    - `cache`: where decoded clips are kept.
+    """
+
+    def __init__(self, paths: Sequence[Path], cache: Cache):
+        self._paths = tuple(paths)
+        self._cache = cache
+        self._broken: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, index: int) -> str:
+        return str(self._paths[index])
+
+    def fingerprint(self) -> str:
+        return _names(self._paths)
+
+    def item(self, index: int, request: Request) -> AbstractItem:
+        if index in self._broken:
+            raise MediaError(self._paths[index], self._broken[index])
+        try:
+            return self._item(self._paths[index], request)
+        except MediaError as error:
+            self._broken[index] = error.reason
+            raise
+
+    def _item(self, path: Path, request: Request) -> AbstractItem:
+        key = (path, request)
+        item = self._cache.get(key)
+        if item is not None:
+            return item
+        probe = probe_clip(path)
+        rate = float(request.fps or probe.rate)
+        height, width = request.working(probe.height, probe.width)
+        size = probe.frames(rate) * height * width * 3
+        if probe.frames(rate) > 4 * request.frames and size * len(self) > self._cache.limit:
+            item = _LongClip(path, probe, rate, request.working)
+            self._cache.put(key, item, _PROBE_BYTES)
+            return item
+        clip = read_clip(path, fps=rate, working=request.working)
+        item = _Frames(clip.frames, np.arange(len(clip.frames)), clip.missing)
+        self._cache.put(key, item, clip.frames.nbytes)
+        return item
+
+
+def _names(paths: Sequence[Path]) -> str:
+    """Of the names without their folders, so that a run can be resumed after a move."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
