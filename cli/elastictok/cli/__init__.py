@@ -1,1 +1,5 @@
-"""To be filled by the package's public names."""
+"""The `elastictok` command: train, encode, decode, inspect, eval, demo."""
+
+from ._main import main
+
+__all__ = ["main"]

@@ -1,0 +1,188 @@
+"""What can be asked of the command line: one frozen dataclass per sub-command.
+
+Nothing here imports jax, or any package that does: importing it takes over a second, and help must
+not. What a command does is in the module of its name, imported when it runs.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+Output = Annotated[Path, arg(aliases=("-o",))]
+QuantizerName = Literal["fsq", "vae", "vq", "lfq", "residual"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Train a small model on photographs, show what it does on others: about four minutes.
+
+    The photographs come with scikit-image; clips are made from them. Leaves the trained model, token
+    files, reconstructions and report.html in the output folder.
+    """
+
+    out: Output = Path("elastictok-demo")
+    """Folder for everything; must not exist or be empty."""
+    steps: int = 1200
+    """Training steps. Fewer are faster and worse."""
+    seed: int = 0
+    """Of the weights, the order of the data and the kept lengths."""
+
+    def run(self) -> None:
+        from ._demo import demo
+
+        demo(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a model on folders of pictures and clips."""
+
+    preset: Positional[str]
+    """Model to train: demo, small, elastictok_fsq_200m or elastictok_vae_200m."""
+    data: tuple[Path, ...]
+    """Folders of pictures (jpg, png, webp) and clips (mp4, webm, avi, mov), nested as you like."""
+    out: Output
+    """Run folder: metrics.jsonl, checkpoints and the model itself."""
+    steps: int = 20_000
+    """Steps in all; a resumed run counts those it has."""
+    batch_size: int = 8
+    """Sequences per step; a sequence has as many blocks as the model's context."""
+    learning_rate: float | None = None
+    """Peak learning rate: of Muon for the layers' matrices (default 0.02), or of AdamW (1e-3)."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """Muon for the layers' matrices and Adam for the rest, or AdamW for all."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Of the learning rate, after the warm-up."""
+    warmup: int | None = None
+    """Steps of warm-up; by default a twentieth of all, at most 2000."""
+    quantizer: QuantizerName | None = None
+    """Another quantizer than the preset's, in the rest of the same model."""
+    context: int | None = None
+    """Blocks that a sequence holds; the preset's by default."""
+    tail_drop: Literal["uniform", "log-uniform"] = "uniform"
+    """How kept lengths are drawn."""
+    fps: float = 8.0
+    """Frames per second that clips are read at."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    seed: int = 0
+    """Of the weights, the order of the data and the kept lengths."""
+    workers: int = 0
+    """Processes that read data; 0 reads in a thread."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run folder, if there is one."""
+    init_from: Path | None = None
+    """Model or run folder to start from, instead of random weights."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also log to these (extras tensorboard and wandb)."""
+
+    def run(self) -> None:
+        from ._train import train
+
+        train(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Turn a picture or clip into a token file."""
+
+    input: Positional[Path]
+    """Picture or clip."""
+    model: Path
+    """Model or run folder."""
+    out: Output
+    """Token file to write, .safetensors."""
+    threshold: float | None = None
+    """Give each block the fewest tokens whose mean squared error, pixels in [-1, 1], is at most
+    this: 0.02 is 23 dB, 0.003 is 31 dB."""
+    length: int | None = None
+    """Give each block this many tokens."""
+    exhaustive: bool = False
+    """With a threshold: try every length instead of a binary search."""
+    fps: float | None = None
+    """Frames per second to read a clip at; its own by default."""
+    max_frames: int | None = None
+    """Read no more than the first so many frames."""
+    native: bool = False
+    """Keep the frames' size; by default the short side is resized to the model's."""
+    window: int | None = None
+    """Blocks that a block sees, itself included; the model's context by default."""
+
+    def run(self) -> None:
+        from ._tokens import encode
+
+        encode(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """Turn a token file back into a picture or clip."""
+
+    input: Positional[Path]
+    """Token file."""
+    model: Path
+    """Model or run folder that encoded it."""
+    out: Output
+    """Picture (.png, .jpg, .webp) or clip (.mp4) to write."""
+    length: int | None = None
+    """Use at most so many tokens of each block."""
+
+    def run(self) -> None:
+        from ._tokens import decode
+
+        decode(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Say what is in a token file."""
+
+    input: Positional[Path]
+    """Token file."""
+
+    def run(self) -> None:
+        from ._tokens import inspect
+
+        inspect(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Measure a model on folders of pictures and clips, beside trivial coders."""
+
+    model: Path
+    """Model or run folder."""
+    data: tuple[Path, ...]
+    """Folders of pictures and clips that the model was not trained on."""
+    out: Output
+    """Folder for report.html and evaluation.json."""
+    threshold: tuple[float, ...] = (0.015, 0.003)
+    """Mean squared errors to search lengths for."""
+    baseline_data: tuple[Path, ...] = ()
+    """Folders that the patch PCA and the block DCT are fitted to. Without them, they are fitted to
+    the very pictures they are measured on, which flatters them; the report says so."""
+    max_items: int = 200
+    """Evaluate no more than so many pictures, and as many clips, evenly chosen."""
+    max_frames: int = 64
+    """Use no more than the first so many frames of a clip."""
+    fps: float | None = 8.0
+    """Frames per second to read clips at."""
+
+    def run(self) -> None:
+        from ._eval import evaluate_folders
+
+        evaluate_folders(self)
+
+
+COMMANDS = {
+    "demo": Demo,
+    "train": Train,
+    "encode": Encode,
+    "decode": Decode,
+    "inspect": Inspect,
+    "eval": Eval,
+}

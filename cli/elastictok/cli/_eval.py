@@ -1,0 +1,94 @@
+"""`elastictok eval`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from elastictok.data import Clip, MediaReader, find_media, is_clip
+from elastictok.eval import Evaluation, Item, share_settings, threshold_settings
+from elastictok.inference import MSE, FixedLength, Tokenizer
+from elastictok.models import ElasticTok, load
+
+from ._commands import Eval
+from ._report import baselines_for, measured, publish
+
+_SHOWN = 6
+
+
+def evaluate_folders(command: Eval) -> None:
+    """Measures a model on files and writes the report."""
+    command.out.mkdir(parents=True, exist_ok=True)
+    model = load(command.model)
+    tokenizer = Tokenizer(model, FixedLength(length=model.max_tokens))
+    kinds = _read(command, command.data)
+    fitted = _read(command, command.baseline_data) if command.baseline_data else kinds
+    evaluations = [
+        _measure(command, model, tokenizer, name, clips, fitted[name])
+        for name, clips in kinds.items()
+        if clips
+    ]
+    notes = [f"Model: {command.model}. Files: {', '.join(map(str, command.data))}."]
+    if not command.baseline_data:
+        notes.append(
+            "The patch PCA and the block DCT were fitted to the very files they are measured on, "
+            "which flatters them; --baseline-data names other ones."
+        )
+    publish(
+        evaluations,
+        command.out,
+        title="ElasticTok evaluation",
+        lead=f"{command.model} on {', '.join(map(str, command.data))}",
+        notes=notes,
+    )
+    print(f"report: {command.out / 'report.html'}")
+
+
+def _measure(
+    command: Eval,
+    model: ElasticTok,
+    tokenizer: Tokenizer,
+    name: str,
+    clips: Sequence[Clip],
+    material: Sequence[Clip],
+) -> Evaluation:
+    fitted = [tokenizer.fit(clip.frames) for clip in (material or clips)]
+    return measured(
+        name,
+        tokenizer,
+        [_item(clip) for clip in clips],
+        (*share_settings(), *threshold_settings([MSE(x) for x in command.threshold])),
+        baselines_for(model, fitted, pictures=name == "pictures"),
+        keep=_SHOWN,
+    )
+
+
+def _item(clip: Clip) -> Item:
+    return Item(str(clip.path), clip.frames, clip.fps)
+
+
+def _read(command: Eval, folders: Sequence[Path]) -> dict[str, list[Clip]]:
+    """Pictures and clips of folders, at most `max_items` of each."""
+    paths = find_media(folders)
+    kinds = {
+        "pictures": [path for path in paths if not is_clip(path)],
+        "clips": [path for path in paths if is_clip(path)],
+    }
+    chosen = {name: _evenly(found, command.max_items) for name, found in kinds.items()}
+    for name, found in kinds.items():
+        if len(chosen[name]) < len(found):
+            print(f"{len(chosen[name])} of {len(found)} {name}, evenly chosen (--max-items)")
+    return {
+        name: list(MediaReader(paths, fps=command.fps, max_frames=command.max_frames))
+        if paths
+        else []
+        for name, paths in chosen.items()
+    }
+
+
+def _evenly(paths: Sequence[Path], most: int) -> list[Path]:
+    if most < 1:
+        raise ValueError(f"--max-items is {most}; it must be at least 1")
+    if len(paths) <= most:
+        return list(paths)
+    return [paths[i] for i in np.linspace(0, len(paths) - 1, most).round().astype(int)]

@@ -1,0 +1,59 @@
+"""Models and quantizers by the names that the command line knows them by."""
+
+import difflib
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Key
+
+from elastictok.models import ElasticTok, presets
+from elastictok.quantizers import FSQ, LFQ, VQ, AbstractQuantizer, GaussianVAE, Residual
+
+from ._commands import QuantizerName
+
+PRESETS: dict[str, Callable[..., ElasticTok]] = {
+    preset.__name__: preset
+    for preset in (
+        presets.demo,
+        presets.small,
+        presets.elastictok_fsq_200m,
+        presets.elastictok_vae_200m,
+    )
+}
+
+
+def make_quantizer(name: QuantizerName, *, key: Key[Array, ""]) -> AbstractQuantizer:
+    """The quantizer of that name at a size that suits the small presets."""
+    makers: dict[str, Callable[[], AbstractQuantizer]] = {
+        "fsq": lambda: FSQ(presets.FSQ_64K),
+        "vae": lambda: GaussianVAE(8),
+        "vq": lambda: VQ(4096, 16, key=key),
+        "lfq": lambda: LFQ(16),
+        "residual": lambda: Residual(FSQ((8, 8, 8)), 2),
+    }
+    return makers[name]()
+
+
+def make_model(
+    preset: str, *, quantizer: QuantizerName | None, context: int | None, seed: int
+) -> ElasticTok:
+    """A preset with random weights, with another quantizer or context if asked.
+
+    **Raises:** `ValueError` for an unknown preset, with the nearest name.
+    """
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"there is no preset {preset!r}{hint} (presets: {', '.join(PRESETS)})")
+    weights, book = jax.random.split(jax.random.key(seed))
+    options = {} if quantizer is None else {"quantizer": make_quantizer(quantizer, key=book)}
+    model = PRESETS[preset](key=weights, **options)
+    return model if context is None else with_context(model, context)
+
+
+def with_context(model: ElasticTok, context: int) -> ElasticTok:
+    """The same model, to be trained on sequences of `context` blocks."""
+    changed = eqx.tree_at(lambda m: m.context, model, context)
+    changed.__check_init__()
+    return changed
