@@ -15,6 +15,8 @@ _INK = "#010203"
 # Of middling lightness: readable on white and on black.
 _COLOURS = ("#3b78e7", "#d9730d", "#2f9e63", "#b254c4", "#c9414f", "#6b7f99")
 _LEVEL = "#8a8f98"
+# A longer name would leave no room for the plot.
+_LONGEST_NAME = 40
 
 
 @final
@@ -23,8 +25,8 @@ class Line:
     """A measured curve: its name and its points."""
 
     name: str
-    x: tuple[float, ...]
-    y: tuple[float, ...]
+    x: tuple[float | int, ...]
+    y: tuple[float | int, ...]
 
     def __post_init__(self):
         if len(self.x) != len(self.y) or not self.x:
@@ -37,13 +39,19 @@ class Level:
     """A horizontal line: what a coder without a length reaches."""
 
     name: str
-    y: float
+    y: float | int
 
 
 @final
 @dataclass(frozen=True)
 class Chart:
-    """Curves and levels over one axis; `alt` says in words what it shows."""
+    """Curves and levels over one axis.
+
+    **Fields:**
+
+    - `alt`: says in words what it shows.
+    - `y_range`: of the vertical axis; None fits it to the curves and levels.
+    """
 
     title: str
     x_label: str
@@ -51,6 +59,7 @@ class Chart:
     lines: tuple[Line, ...]
     levels: tuple[Level, ...]
     alt: str
+    y_range: tuple[float | int, float | int] | None = None
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -79,6 +88,10 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
     return positions
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
 def _draw_levels(axes: "Axes", levels: Sequence[Level]) -> None:
     """Dashed lines, named to the right of the plot where they cannot hide a curve."""
     bottom, top = axes.get_ylim()
@@ -86,7 +99,7 @@ def _draw_levels(axes: "Axes", levels: Sequence[Level]) -> None:
     for level, height, place in zip(levels, heights, _spread(heights, 0.085), strict=True):
         axes.axhline(level.y, color=_LEVEL, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
-            level.name,
+            _short(level.name),
             xy=(1.0, height),
             xytext=(1.035, place),
             xycoords="axes fraction",
@@ -139,14 +152,16 @@ def render_chart(chart: Chart) -> str:
         axes = figure.subplots()
         for line, colour in zip(chart.lines, _cycle(len(chart.lines)), strict=True):
             axes.plot(line.x, line.y, color=colour, marker="o", markersize=4, linewidth=1.8)
-            axes.lines[-1].set_label(line.name)
+            axes.lines[-1].set_label(_short(line.name))
         axes.set_xlim(left=0)
         axes.margins(y=0.08)
         for level in chart.levels:
             axes.update_datalim([(0, level.y)], updatex=False)
         axes.autoscale_view(scalex=False)
-        axes.set_xlabel(chart.x_label, parse_math=False)
-        axes.set_ylabel(chart.y_label, parse_math=False)
+        if chart.y_range is not None:
+            axes.set_ylim(*chart.y_range)
+        axes.set_xlabel(_short(chart.x_label), parse_math=False)
+        axes.set_ylabel(_short(chart.y_label), parse_math=False)
         axes.grid(color=_LEVEL, alpha=0.2, linewidth=0.6)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         if len(chart.lines) > 1:

@@ -30,11 +30,11 @@ _SMALL = 160
 @final
 @dataclass(frozen=True, eq=False)
 class Shot:
-    """A picture and the line under it; `detail` is a second, fainter line."""
+    """A picture and the line under it; `details` are fainter lines under that."""
 
     caption: str
     pixels: UInt8[np.ndarray, "height width 3"]
-    detail: str = ""
+    details: tuple[str, ...] = ()
 
 
 @final
@@ -217,7 +217,7 @@ class _Image:
     """A picture made ready for the template."""
 
     caption: str
-    detail: str
+    details: tuple[str, ...]
     alt: str
     source: str
     small: bool
@@ -228,7 +228,7 @@ def _images(section: PictureSection) -> Sequence[_Image]:
     return [
         _Image(
             caption=shot.caption,
-            detail=shot.detail,
+            details=shot.details,
             alt=f"{section.name}: {shot.caption}",
             source=_png(shot.pixels),
             small=shot.pixels.shape[0] <= _SMALL,

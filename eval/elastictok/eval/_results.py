@@ -136,7 +136,7 @@ class Measurement:
         return tuple(float(np.mean(frames[i : i + size])) for i in range(0, len(frames), size))
 
 
-def _mean(values: Sequence[float] | np.ndarray) -> float:
+def _mean(values: Sequence[float] | Sequence[int] | np.ndarray) -> float:
     return float(np.mean(values))
 
 
@@ -194,7 +194,7 @@ class Row:
         """Mean tokens of a block, over all blocks."""
         return _mean(self.lengths) if self.lengths else None
 
-    def tokens_quantile(self, q: float) -> float | None:
+    def tokens_quantile(self, q: float | int) -> float | None:
         """The `q`-quantile of the tokens of a block, over all blocks."""
         return float(np.quantile(self.lengths, q)) if self.lengths else None
 

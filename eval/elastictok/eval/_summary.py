@@ -1,6 +1,7 @@
 """From what was measured to what is shown: tables, charts and the sections of a report."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import UInt8
@@ -30,8 +31,8 @@ _RIVAL_NOTE = (
 )
 _COST_NOTE = (
     "Tokens of a block, over all blocks. bpp16: 16 x bits of the tokens alone, per pixel. passes: "
-    "through each network for a block, while encoding. seconds: for an item, resizing included, "
-    "compilation not. codes: distinct codes used, of the code book, over kept tokens; perplexity "
+    "through the encoder and the decoder for a block, while encoding. s: seconds for an item, "
+    "resizing included, compilation not. codes: distinct codes used over kept tokens; perplexity "
     "of their frequencies (several streams: one number each)."
 )
 
@@ -79,7 +80,7 @@ def quality_table(evaluation: Evaluation) -> Table:
 def cost_table(evaluation: Evaluation) -> Table:
     """How tokens are distributed over blocks, and what finding them costs."""
     columns = ("", "mean", "least", "10 %", "median", "90 %", "most", "bpp16")
-    columns += ("enc. passes", "dec. passes", "enc. s", "dec. s", "codes", "perplexity")
+    columns += ("enc. passes", "dec.", "enc. s", "dec. s", "codes", "perplexity")
     rows = tuple(
         TableRow(
             (
@@ -98,15 +99,17 @@ def cost_table(evaluation: Evaluation) -> Table:
         for row in evaluation.rows
         if not row.rival
     )
-    title = f"{evaluation.name}: cost, on {evaluation.device}"
-    return Table(title, columns, rows, _COST_NOTE)
+    sizes = {row.usage.codebook_size for row in evaluation.rows if row.usage is not None}
+    book = "".join(f"; code book of {size:,}" for size in sizes)
+    return Table(
+        f"{evaluation.name}: cost, on {evaluation.device}{book}", columns, rows, _COST_NOTE
+    )
 
 
 def _used(row: Row) -> str:
     if row.usage is None:
         return number(None, 0)
-    used = " / ".join(f"{stream.used:,}" for stream in row.usage.streams)
-    return f"{used} of {row.usage.codebook_size:,}"
+    return " / ".join(f"{stream.used:,}" for stream in row.usage.streams)
 
 
 def _perplexity(row: Row) -> str:
@@ -165,6 +168,7 @@ def _satisfaction_chart(evaluation: Evaluation, row: Row) -> Chart:
         lines=lines,
         levels=(),
         alt=f"Share of blocks with {row.name}, against tokens of a block. {seen} tokens.",
+        y_range=(0.0, 103.0),
     )
 
 
@@ -178,11 +182,11 @@ def charts(evaluation: Evaluation) -> tuple[Chart, ...]:
     return (*drawn, *(_satisfaction_chart(evaluation, row) for row in evaluation.searched))
 
 
-def _detail(evaluation: Evaluation, sample: Sample, row: Row) -> str:
+def _details(sample: Sample, row: Row) -> tuple[str, ...]:
     (measured,) = [m for m in row.measurements if m.item == sample.item]
     bits = measured.bits_per_pixel
-    rate = "floats" if bits is None else f"{bits:.3g} bpp"
-    return f"MSE {measured.mse:.4f} · {rate}"
+    rate = "floats" if bits is None else f"{bits:.2g} bpp"
+    return f"MSE {measured.mse:.4f}", rate
 
 
 def _shot(evaluation: Evaluation, sample: Sample, reconstruction: Reconstruction) -> Shot:
@@ -191,7 +195,7 @@ def _shot(evaluation: Evaluation, sample: Sample, reconstruction: Reconstruction
     if reconstruction.tokens is not None:
         length = int(reconstruction.tokens.lengths.sum())
         caption = f"{row.name}: {length} tokens" if row.searched else f"{length} tokens"
-    return Shot(caption, reconstruction.frames[0], _detail(evaluation, sample, row))
+    return Shot(caption, reconstruction.frames[0], _details(sample, row))
 
 
 def picture_section(evaluation: Evaluation, sample: Sample) -> PictureSection:
@@ -255,6 +259,11 @@ def side_by_side(
     return np.concatenate([truth, reconstruction], axis=2)
 
 
+def _note_once(tables: Sequence[Table]) -> list[Table]:
+    """The note, which is the same for all, under the last table only."""
+    return [replace(table, note="") for table in tables[:-1]] + list(tables[-1:])
+
+
 def build_report(
     evaluations: Sequence[Evaluation],
     *,
@@ -274,12 +283,12 @@ def build_report(
     """
     films = {} if videos is None else videos
     samples = [(evaluation, sample) for evaluation in evaluations for sample in evaluation.samples]
+    quality = [quality_table(evaluation) for evaluation in evaluations]
+    cost = [cost_table(evaluation) for evaluation in evaluations]
     return Report(
         title=title,
         lead=lead,
-        tables=tuple(
-            table(evaluation) for table in (quality_table, cost_table) for evaluation in evaluations
-        ),
+        tables=(*_note_once(quality), *_note_once(cost)),
         charts=tuple(chart for evaluation in evaluations for chart in charts(evaluation)),
         pictures=tuple(picture_section(e, s) for e, s in samples if len(s.truth) == 1),
         clips=tuple(

@@ -1,5 +1,6 @@
 """Tables as data, so that the terminal and the report print the same one."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -63,4 +64,5 @@ def format_table(table: Table) -> str:
             text.append(rule)
         rivals = row.rival
         text.append(_line(row.cells, widths))
-    return "\n".join([*text, table.note] if table.note else text)
+    note = textwrap.wrap(table.note, width=max(len(rule), 72))
+    return "\n".join([*text, *note])
