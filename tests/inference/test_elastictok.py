@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from elastictok.inference import (
     MSE,
+    AbstractCriterion,
+    AbstractStrategy,
     Binary,
     ElasticTokCodec,
     FixedLength,
@@ -34,6 +36,16 @@ def clip(frames, height=16, width=16, seed=0):
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (frames, -(-height // 4), -(-width // 4), 3), np.uint8)
     return coarse.repeat(4, axis=1).repeat(4, axis=2)[:, :height, :width]
+
+
+class InTurn(AbstractStrategy):
+    """Given lengths, one for each block."""
+
+    lengths: list
+    criterion: AbstractCriterion = MSE(0)
+
+    def search(self, block):
+        yield (self.lengths.pop(0),)
 
 
 def block_losses(tok, frames, tokens):
@@ -75,9 +87,14 @@ def tokenizer(model):
 
 
 @settings(max_examples=15)
-@given(st.integers(1, 7), st.sampled_from([Binary(MSE(0.3)), Full(MSE(0.3))]), st.integers(0, 99))
-def test_losses_are_those_of_the_decoded_pixels(tokenizer, count, strategy, seed):
-    tok = tokenizer(strategy)
+@given(
+    st.integers(1, 7),
+    st.sampled_from([Binary, Full]),
+    st.sampled_from([0.3, 0.88, 0.9, 0.92, 0.95, 1.1]),  # an untrained model's losses are about 0.9
+    st.integers(0, 99),
+)
+def test_losses_are_those_of_the_decoded_pixels(tokenizer, count, strategy, threshold, seed):
+    tok = tokenizer(strategy(MSE(threshold)))
     frames = clip(count, seed=seed)
     tokens = tok.encode(frames)
     assert tokens.losses.tolist() == block_losses(tok, frames, tokens)
@@ -102,9 +119,9 @@ def test_other_sizes(model):
 def test_cached_equals_the_whole_model(make_model):
     model = make_model(GaussianVAE(3))
     frames = clip(6)
-    tokens = Tokenizer(model, Binary(MSE(0.28))).encode(frames)
+    tokens = Tokenizer(model, InTurn([9, 4, 16])).encode(frames)
+    assert tokens.lengths.tolist() == [9, 4, 16]
     lengths = jnp.asarray(tokens.lengths)
-    assert len(set(tokens.lengths.tolist())) > 1  # else this says little
     pixels = jnp.asarray(frames, jnp.float32) / 127.5 - 1
     latents = np.asarray(model.encode(pixels, lengths)).reshape(3, 16, -1)
     for index in range(3):
@@ -185,10 +202,10 @@ def test_nothing_compiles_twice(make_model, compilations):
     before = len(compilations)
     for length in range(1, 18):
         Tokenizer(model, FixedLength(length)).encode(clip(2, seed=length))
-    tokens = Tokenizer(model, Full(MSE(0.3))).encode(clip(9))
+    tokens = Tokenizer(model, Full(MSE(0.92))).encode(clip(9))
     tok.decode(tokens)
     tok.decode(tokens.truncate(5))
-    Tokenizer(model, Binary(MSE(0.3))).encode_batch([clip(n, seed=n) for n in (1, 4, 3)])
+    Tokenizer(model, Binary(MSE(0.95))).encode_batch([clip(n, seed=n) for n in (1, 4, 3)])
     Tokenizer(model, FixedLength(4)).encode(clip(2, 40, 40))  # resized
     Tokenizer(make_model(seed=3), FixedLength(4)).encode(clip(2))  # other weights
     assert len(compilations) == before

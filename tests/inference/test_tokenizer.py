@@ -1,6 +1,7 @@
 """`Tokenizer` on a NumPy codec, where everything can be checked by hand."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -112,6 +113,24 @@ def test_evaluations_are_the_calls_made(patch_means, strategy):
     assert {state for state, _ in codec.encoded} == {0, 1, 2}
     assert tokens.seconds.shape == (3,)
     assert np.all(tokens.seconds >= 0)
+
+
+def test_states_do_not_pile_up(patch_means):
+    class State(np.ndarray):
+        """An array that can be referenced weakly."""
+
+    codec, alive, most = patch_means(), weakref.WeakValueDictionary(), []
+
+    def decode(values, length, state):
+        pixels, after = patch_means.decode(codec, values, length, np.asarray(state))
+        after = after.view(State)
+        alive[len(most)] = after
+        most.append(len(alive))
+        return pixels, after
+
+    codec.decode = decode
+    Tokenizer(codec, Full(MSE(0.03))).encode(noise((30, 8, 8, 3)))
+    assert max(most) <= 4
 
 
 def test_colours(patch_means):

@@ -88,8 +88,8 @@ def read(path: Path) -> tuple[dict[str, object], dict[str, np.ndarray]]:
 
 def _about(path: Path, raw: bytes) -> dict[str, Any]:
     """The format's entry in a header that `safetensors.deserialize` has accepted."""
-    size = int.from_bytes(raw[:8], "little")
-    metadata = json.loads(raw[8 : 8 + size]).get("__metadata__") or {}
+    header = raw[8 : 8 + int.from_bytes(raw[:8], "little")]
+    metadata = json.loads(header).get("__metadata__") or {}
     if FORMAT not in metadata:
         raise TokenFileError(
             f"{path} is a safetensors file without {FORMAT!r} in its metadata: it was not written "
@@ -110,10 +110,16 @@ def _about(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 def _array(path: Path, name: str, tensor: Mapping[str, Any]) -> np.ndarray:
-    dtype = _DTYPES.get(str(tensor["dtype"]))
+    dtype = _DTYPES.get(tensor["dtype"])
     if dtype is None:
         raise TokenFileError(f"{path} is foreign or damaged: {name} is of type {tensor['dtype']}")
-    return np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+    try:
+        array = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+    except ValueError as error:  # no values, but a shape that is too large to write down
+        raise TokenFileError(f"{path} is damaged: {name} has no such shape ({error})") from error
+    if dtype == np.bool_ and np.any(array.view(np.uint8) > 1):
+        raise TokenFileError(f"{path} is damaged: {name} holds bytes that are neither 0 nor 1")
+    return array
 
 
 def _canonical(facts: Mapping[str, object]) -> str:

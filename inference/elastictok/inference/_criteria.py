@@ -37,7 +37,7 @@ class AbstractCriterion(eqx.Module):
         NaN and plus infinity never are, whatever the threshold. Minus infinity, the `PSNR` loss of
         a perfect reconstruction, is.
         """
-        return loss <= self.threshold and loss < math.inf
+        return bool(loss <= self.threshold and loss < math.inf)
 
 
 @final

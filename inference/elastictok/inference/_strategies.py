@@ -166,7 +166,7 @@ def allocate(
     try:
         wanted = next(search)
         while True:
-            for length in wanted:
+            for length in map(operator.index, wanted):
                 if length in losses:
                     continue
                 _check_length(strategy, block, length)

@@ -132,7 +132,7 @@ class Tokenizer(eqx.Module):
         geometry = self._geometry(frames.shape[1], frames.shape[2])
         results, seconds = zip(*self._blocks(frames, geometry), strict=True)
         kind = self.codec.values
-        values = np.concatenate([r.result.values[: r.length] for r in results])
+        values = np.concatenate([r.result for r in results])
         probed = np.array([r.probed for r in results], np.int32)
         return Tokens(
             codes=None if isinstance(kind, Latents) else values,
@@ -194,8 +194,8 @@ class Tokenizer(eqx.Module):
 
     def _blocks(
         self, frames: np.ndarray, geometry: _Geometry
-    ) -> Iterator[tuple[Allocation[_Probed], float]]:
-        """Each block's allocation and the seconds it took."""
+    ) -> Iterator[tuple[Allocation[np.ndarray], float]]:
+        """Each block's allocation, its result the kept tokens, and the seconds it took."""
         encoder = self.codec.encoder_state(self.window, *geometry.padded)
         decoder = self.codec.decoder_state(self.window, *geometry.padded)
         for first in range(0, frames.shape[0], self.codec.frames_per_block):
@@ -203,7 +203,9 @@ class Tokenizer(eqx.Module):
             truth = self.fit(frames[first : first + self.codec.frames_per_block])
             chosen = self._allocate(truth, geometry, encoder, decoder)
             encoder, decoder = chosen.result.encoder, chosen.result.decoder
-            yield chosen, time.perf_counter() - start
+            # Without the states: there is one of each at a time, however long the clip.
+            facts = chosen.length, chosen.loss, chosen.met, chosen.monotone, chosen.probed
+            yield Allocation(*facts, chosen.result.values), time.perf_counter() - start
 
     def _allocate(
         self, truth: np.ndarray, geometry: _Geometry, encoder: Any, decoder: Any
@@ -219,7 +221,7 @@ class Tokenizer(eqx.Module):
             kept[:length] = values[:length]
             decoded, then = self.codec.decode(kept, length, decoder)
             loss = self.strategy.criterion(truth, decoded[:count, :height, :width])
-            return loss, _Probed(kept[:length], after, then)
+            return float(loss), _Probed(kept[:length], after, then)
 
         block = Block(min(self.codec.min_tokens, geometry.tokens), geometry.tokens)
         return allocate(self.strategy, block, probe)

@@ -268,10 +268,9 @@ def _replace(tokens: Tokens, name: str, convert: Callable[[Any], Any]) -> None:
 
 def _read_only(name: str, value: Any, dtype: type[np.generic]) -> np.ndarray:
     given = np.asarray(value)
-    array = given.astype(dtype)
-    if not np.can_cast(given.dtype, dtype, "same_kind") or (
-        np.issubdtype(dtype, np.integer) and not np.array_equal(array, given)
-    ):
+    fits = np.can_cast(given.dtype, dtype, "same_kind")
+    array = given.astype(dtype if fits else given.dtype)
+    if not fits or (np.issubdtype(dtype, np.integer) and not np.array_equal(array, given)):
         raise ValueError(f"{name} of type {given.dtype} does not fit into {np.dtype(dtype)}")
     array.flags.writeable = False
     return array
