@@ -115,7 +115,8 @@ class Batches:
         try:
             for batch in self._iterator:
                 # As text, now: the iterator may go on changing the dictionary that it gave.
-                state = self._resumable and json.dumps(self._resumable.get_state())
+                resumable = self._resumable
+                state = None if resumable is None else json.dumps(resumable.get_state())
                 self._put(_Made(self._place(batch), state))
                 if self._closing.is_set():
                     return

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
@@ -231,7 +232,7 @@ def _with_arrays(state: TrainState, arrays: dict[str, Array]) -> TrainState:
 
 
 def _is_key(leaf: Array) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _plain(leaf: Array) -> Array:

@@ -47,7 +47,7 @@ def fit(
     optimizer: optax.GradientTransformation | None = None,
     loss: Loss = _MSE,
     tail_drop: TailDrop = _UNIFORM,
-    quantizer_weight: float | None = None,
+    quantizer_weight: float | int | None = None,
     seed: int = 0,
     resume: bool = False,
     save_every: int = 1000,
@@ -180,17 +180,21 @@ def fit(
             meter.add(step, metrics)
             show.step(step)
 
+            # A line of metrics, then the best model, then the checkpoint: after a crash in between,
+            # the run resumes from the checkpoint before and does all of it again.
+            logged = step % log_every == 0 or step == steps
+            due = step % save_every == 0 or step == steps
+            if not (logged or due):
+                continue
+            meter.fetch()
             line: dict[str, float] = {}
-            if step % log_every == 0 or step == steps:
-                meter.fetch()
+            if logged:
                 line |= meter.means() | clock.lap(step, batches.seconds_waited)
                 show.metrics(step, line)
             if step % log_every == 0:
                 meter.clear()
-            due = step % save_every == 0 or step == steps
+            pause = time.perf_counter()
             if due:
-                paused = time.perf_counter()
-                meter.fetch()
                 _refuse_non_finite(state, step)
                 if validate is not None:
                     line |= _validation(validate, _on_one_device(state.model), step)
@@ -199,15 +203,14 @@ def fit(
                     tracker.log(step, line)
                 if run is not None:
                     run.write(step, line)
-            if due:
-                if run is not None:
-                    score = line.get("validation_loss", meter.running_loss)
-                    if best is None or score <= best:
-                        best = score
-                        run.save_model(state.model)
-                    run.checkpoints.save(state, _loop_state(batches, meter, best))
-                    saved = step
-                clock.skip(time.perf_counter() - paused)
+            if due and run is not None:
+                score = line.get("validation_loss", meter.running_loss)
+                if best is None or score <= best:
+                    best = score
+                    run.save_model(state.model)
+                run.checkpoints.save(state, _loop_state(batches, meter, best))
+                saved = step
+            clock.skip(time.perf_counter() - pause)
 
         # 5. Asked to stop early: what was done is kept, and no time is spent on more.
         if stop.name is not None and step < steps:

@@ -18,8 +18,8 @@ _MEMORY = 0.98  # of the running loss: it looks back over about 50 steps
 class Meter:
     """Collects each step's metrics; they stay on the device until somebody asks.
 
-    - `running_loss`: exponential mean of the loss over the last 50 steps or so; None before the
-        first. Up to date after `fetch`.
+    - `running_loss`: exponential mean of the loss over the last 50 steps or so; infinite before
+        the first. Up to date after `fetch`.
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None):
@@ -29,7 +29,7 @@ class Meter:
             would have written.
         """
         self._rows: list[dict[str, float]] = list(state["rows"]) if state else []
-        self.running_loss: float | None = state["running_loss"] if state else None
+        self.running_loss: float = state["running_loss"] if state else math.inf
         self._pending: list[tuple[int, Metrics]] = []
 
     def add(self, step: int, metrics: Metrics) -> None:
@@ -51,7 +51,7 @@ class Meter:
                     raise NonFiniteError(f"{name} is {value} at step {step}")
             self._rows.append(numbers)
             loss, mean = numbers["loss"], self.running_loss
-            self.running_loss = loss if mean is None else mean + (1 - _MEMORY) * (loss - mean)
+            self.running_loss = loss if math.isinf(mean) else mean + (1 - _MEMORY) * (loss - mean)
 
     def means(self) -> dict[str, float]:
         """Means over the fetched steps since `clear`, and the `psnr` in dB of the mean `mse`."""

@@ -38,7 +38,7 @@ class Cosine(eqx.Module):
 
     steps: int = eqx.field(static=True)
     warmup: int = eqx.field(static=True, default=0)
-    final: float = eqx.field(static=True, default=0.0)
+    final: float | int = eqx.field(static=True, default=0.0)
 
     def __check_init__(self) -> None:
         _check_warmup(self.warmup)
@@ -60,13 +60,13 @@ _CONSTANT = Constant()
 
 
 def adamw(
-    learning_rate: float,
+    learning_rate: float | int,
     *,
     schedule: optax.Schedule = _CONSTANT,
-    weight_decay: float = 1e-4,
+    weight_decay: float | int = 1e-4,
     b1: float = 0.9,
     b2: float = 0.999,
-    clip: float = 1.0,
+    clip: float | int = 1.0,
 ) -> optax.GradientTransformation:
     """AdamW behind clipping by the global norm.
 
@@ -86,15 +86,15 @@ def adamw(
 
 
 def muon(
-    learning_rate: float = 0.02,
+    learning_rate: float | int = 0.02,
     *,
-    adam_learning_rate: float = 3e-3,
+    adam_learning_rate: float | int = 3e-3,
     schedule: optax.Schedule = _CONSTANT,
-    weight_decay: float = 0.0,
+    weight_decay: float | int = 0.0,
     beta: float = 0.95,
     b1: float = 0.9,
     b2: float = 0.999,
-    clip: float = 1.0,
+    clip: float | int = 1.0,
 ) -> optax.GradientTransformation:
     """Muon for the layers' matrices and Adam for the rest, behind clipping by the global norm.
 
@@ -135,5 +135,5 @@ def stacked_matrices(params: PyTree) -> PyTree:
     return jax.tree.map(lambda array: each_layer if array.ndim == 3 else None, params)
 
 
-def _scaled(peak: float, schedule: optax.Schedule) -> optax.Schedule:
+def _scaled(peak: float | int, schedule: optax.Schedule) -> optax.Schedule:
     return lambda step: peak * schedule(step)

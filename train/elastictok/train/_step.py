@@ -56,7 +56,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     loss: Loss,
     tail_drop: TailDrop,
-    quantizer_weight: float,
+    quantizer_weight: float | int,
 ) -> tuple[TrainState, Metrics]:
     """Draws lengths, reconstructs, moves the trained arrays, then lets the quantizer update itself.
 
@@ -68,33 +68,35 @@ def train_step(
     `reconstruction`, `quantizer` (what the quantizer adds to the total), `mse` (pixels in
     [-1, 1]), `kept` (share of tokens kept in valid blocks) and `gradient_norm`.
     """
-    drop_key, model_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+    keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
     params, rest = eqx.partition(state.model, trainable(state.model))
 
     def total(params: PyTree):
         model = eqx.combine(params, rest)
-        return _losses(
-            model, batch, loss, tail_drop, quantizer_weight, (drop_key, model_key, loss_key)
-        )
+        return batch_losses(model, batch, loss, tail_drop, quantizer_weight, keys)
 
     (_, (metrics, statistics)), gradient = jax.value_and_grad(total, has_aux=True)(params)
     updates, opt_state = optimizer.update(gradient, state.opt_state, params)
-    model: ElasticTok = eqx.combine(optax.apply_updates(params, updates), rest)
+    model = eqx.combine(eqx.apply_updates(params, updates), rest)
     quantizer = model.quantizer.update(jax.lax.stop_gradient(statistics))
     model = eqx.tree_at(lambda m: m.quantizer, model, quantizer)
-    metrics["gradient_norm"] = optax.global_norm(gradient)
+    metrics["gradient_norm"] = optax.tree.norm(gradient)
     return TrainState(model, opt_state, state.step + 1, state.key), metrics
 
 
-def _losses(
+def batch_losses(
     model: ElasticTok,
     batch: DeviceBatch,
     loss: Loss,
     tail_drop: TailDrop,
-    quantizer_weight: float,
-    keys: tuple[Key[Array, ""], Key[Array, ""], Key[Array, ""]],
+    quantizer_weight: float | int,
+    keys: Key[Array, "3"],
 ) -> tuple[Float[Array, ""], tuple[Metrics, PyTree]]:
-    drop_key, model_key, loss_key = keys
+    """The total loss of a batch, its metrics, and the quantizer's statistics summed over it.
+
+    **Arguments:** as of `train_step`; `keys` for the lengths, the model and the loss.
+    """
+    drop_key, model_key, loss_key = keys[0], keys[1], keys[2]
     examples, blocks, frames, height, width, _ = batch.pixels.shape
     tokens = model.tokens_per_block(height, width)
     least = min(model.min_tokens, tokens)

@@ -1,0 +1,264 @@
+"""One step: what counts in it, what moves, and that it is compiled once."""
+
+import dataclasses
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_training import make_batch, quantizers, tiny_model
+
+from elastictok.models import FixedDrop, UniformDrop
+from elastictok.train import (
+    L1,
+    MSE,
+    CompiledStep,
+    RecompilationError,
+    adamw,
+    data_mesh,
+    init_state,
+    train_step,
+)
+from elastictok.train._devices import place
+from elastictok.train._step import batch_losses
+
+MESH = data_mesh(jax.local_devices()[:1])
+
+
+def on_device(batch):
+    return place(batch, MESH)
+
+
+def step_function(**changes):
+    chosen = {
+        "optimizer": adamw(1e-2),
+        "loss": MSE(),
+        "tail_drop": UniformDrop(),
+        "quantizer_weight": 0.5,
+    }
+    return functools.partial(train_step, **(chosen | changes))
+
+
+def start(model, optimizer=None, seed=0):
+    return init_state(model, optimizer or adamw(1e-2), jax.random.key(seed))
+
+
+@functools.cache
+def compiled(name):
+    """A step for a quantizer, and a function that makes states for it. Compiling takes seconds."""
+    model = tiny_model(quantizers()[name])
+    make = functools.partial(start, model)
+    return CompiledStep(step_function(), make(), on_device(make_batch(0))), make
+
+
+EACH_QUANTIZER = pytest.mark.parametrize("name", sorted(quantizers()))
+
+
+def same(a, b):
+    def numbers(x):
+        return np.asarray(
+            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        )
+
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(numbers(x), numbers(y)) for x, y in leaves)
+
+
+@EACH_QUANTIZER
+@settings(max_examples=5)
+@given(noise=st.integers(0, 2**31))
+def test_padding_changes_nothing(name, noise):
+    step, make = compiled(name)
+    batch = make_batch(0)
+    rng = np.random.default_rng(noise)
+    pixels = np.where(
+        batch.valid[:, :, None, None, None, None],
+        batch.pixels,
+        rng.integers(0, 256, batch.pixels.shape, dtype=np.uint8),
+    )
+    segments = np.where(batch.valid, batch.segments, rng.integers(0, 3)).astype(np.int32)
+    other = dataclasses.replace(batch, pixels=pixels, segments=segments)
+    # The next state is the gradient's witness: every weight moves by it.
+    assert same(step(make(), on_device(batch)), step(make(), on_device(other)))
+
+
+@EACH_QUANTIZER
+def test_valid_pixels_do_change_something(name):
+    step, make = compiled(name)
+    batch = make_batch(0)
+    pixels = batch.pixels.copy()
+    pixels[1, 0] ^= 128
+    other = dataclasses.replace(batch, pixels=pixels)
+    (_, a), (_, b) = step(make(), on_device(batch)), step(make(), on_device(other))
+    assert a["loss"] != b["loss"]
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [(name, MSE()) for name in sorted(quantizers())] + [("FSQ", L1())],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_losses_are_those_of_a_loop_over_examples(name, loss):
+    model = tiny_model(quantizers()[name])
+    batch = make_batch(3)
+    keys = jax.random.split(jax.random.key(0), 3)
+    total, (metrics, _) = jax.jit(
+        lambda model, batch: batch_losses(model, batch, loss, FixedDrop(3), 0.5, keys)
+    )(model, on_device(batch))
+
+    errors, quantizer_losses, counts, sums = [], [], [], []
+    examples = zip(batch.pixels, batch.segments, batch.valid, strict=True)
+    one = jax.jit(lambda *inputs: model(*inputs[:-1], key=inputs[-1]))
+    for (pixels, segments, valid), key in zip(examples, jax.random.split(keys[1], 8), strict=True):
+        frames = (pixels.astype(np.float64) / 127.5 - 1).astype(np.float32)
+        flat = frames.reshape(-1, *frames.shape[2:])
+        out = one(flat, jnp.full(2, 3), segments, valid, key)
+        difference = np.asarray(out.pixels).reshape(frames.shape) - frames
+        errors += [difference[block] for block in range(2) if valid[block]]
+        quantizer_losses.append(float(out.loss))
+        counts.append(int(valid.sum()))
+        sums.append(out.statistics)
+    square = float(np.mean(np.square(errors)))
+    reconstruction = square if isinstance(loss, MSE) else float(np.mean(np.abs(errors)))
+    statistics = jax.tree.map(lambda *leaves: sum(leaves), *sums)
+    per_block = np.dot(quantizer_losses, counts) / sum(counts)
+    quantizer = 0.5 * per_block + float(model.quantizer.batch_loss(statistics))
+    expected = {
+        "loss": reconstruction + quantizer,
+        "reconstruction": reconstruction,
+        "quantizer": quantizer,
+        "mse": square,
+        "kept": 3 / 4,
+    }
+    assert float(total) == float(metrics["loss"])
+    for key, value in expected.items():
+        assert float(metrics[key]) == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def test_lengths_are_drawn_anew_for_every_step_and_block():
+    seen = []
+
+    def spy(key, blocks, low, high):
+        lengths = UniformDrop()(key, blocks, low, high)
+        jax.debug.callback(lambda x: seen.append(np.array(x)), lengths)
+        return lengths
+
+    state, batch = start(tiny_model()), on_device(make_batch(0))
+    step = CompiledStep(step_function(tail_drop=spy), state, batch)
+    for _ in range(12):
+        state, _ = step(state, batch)
+    jax.effects_barrier()
+    drawn = np.array(seen).reshape(12, -1)  # steps; then examples and blocks
+    assert set(drawn.ravel()) == {1, 2, 3, 4}
+    assert len({tuple(row) for row in drawn}) == 12
+    assert np.bincount(drawn.ravel())[1:].min() > 0.6 * drawn.size / 4
+
+
+def test_the_optimizer_leaves_an_averaged_code_book_alone():
+    model = tiny_model(quantizers()["VQ"])
+    optimizer = adamw(1e-2, weight_decay=10.0)
+    state = start(model, optimizer)
+    moments = [x.shape for x in jax.tree.leaves(state.opt_state)]
+    assert model.quantizer.codebook.shape not in moments
+    batch = on_device(make_batch(0))
+    after, _ = jax.jit(step_function(optimizer=optimizer))(state, batch)
+
+    keys = jax.random.split(jax.random.fold_in(state.key, 0), 3)
+    losses = functools.partial(batch_losses, loss=MSE(), tail_drop=UniformDrop())
+    _, (_, statistics) = jax.jit(lambda m: losses(m, batch, quantizer_weight=0.0, keys=keys))(model)
+    expected = model.quantizer.update(statistics)
+    np.testing.assert_allclose(after.model.quantizer.codebook, expected.codebook, rtol=1e-5)
+    assert not np.array_equal(expected.codebook, model.quantizer.codebook)
+    assert int(after.step) == 1
+
+
+def test_every_trained_array_moves():
+    step, make = compiled("GaussianVAE")
+    after, _ = step(make(), on_device(make_batch(0)))
+    pairs = zip(jax.tree.leaves(make().model), jax.tree.leaves(after.model), strict=True)
+    assert all(not np.array_equal(a, b) for a, b in pairs)
+
+
+def test_the_gradient_norm_is_the_one_before_clipping():
+    clipped = adamw(1e-2, clip=1e-6)
+    batch = on_device(make_batch(0))
+    model = tiny_model(quantizers()["GaussianVAE"])
+    _, metrics = jax.jit(step_function(optimizer=clipped))(start(model, clipped), batch)
+    step, make = compiled("GaussianVAE")
+    assert float(metrics["gradient_norm"]) > 1e-3
+    assert float(metrics["gradient_norm"]) == pytest.approx(
+        float(step(make(), batch)[1]["gradient_norm"]), rel=1e-5
+    )
+
+
+def test_any_optax_transformation_will_do():
+    model = tiny_model()
+    optimizer = optax.chain(optax.add_noise(0.1, 0.5, 3), optax.lion(1e-3))
+    state = start(model, optimizer)
+    step = CompiledStep(step_function(optimizer=optimizer), state, on_device(make_batch(0)))
+    for number in range(2):
+        state, metrics = step(state, on_device(make_batch(number)))
+    assert np.isfinite(float(metrics["loss"]))
+
+
+@EACH_QUANTIZER
+def test_compiled_once_and_donated(name):
+    step, make = compiled(name)
+    compilations = []
+
+    def listen(event, _seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(event)
+
+    states = [make()]
+    batches = [on_device(make_batch(number)) for number in range(3)]
+    jax.block_until_ready((states, batches))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for batch in batches:
+        states.append(step(states[-1], batch)[0])
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert compilations == []
+    assert all(x.is_deleted() for x in jax.tree.leaves(states[0]) if isinstance(x, jax.Array))
+    assert [int(states[-1].step)] == [3]
+
+
+@pytest.mark.parametrize(
+    ("batch", "change"),
+    [
+        (make_batch(0, examples=6), r"pixels: uint8\[8, 2, 1, 16, 16, 3\] -> uint8\[6, 2"),
+        (make_batch(0, blocks=1), r"valid: bool\[8, 2\] -> bool\[8, 1\]"),
+    ],
+)
+def test_a_second_shape_is_refused_by_name(batch, change):
+    step, make = compiled("FSQ")
+    with pytest.raises(RecompilationError, match=change):
+        step(make(), on_device(batch))
+
+
+def test_a_step_that_changes_the_state_is_refused():
+    def widen(state, batch):
+        after, metrics = step_function()(state, batch)
+        return eqx.tree_at(lambda s: s.step, after, after.step.astype(jnp.float32)), metrics
+
+    with pytest.raises(RecompilationError, match=r"step: int32\[\] -> float32\[\]"):
+        CompiledStep(widen, start(tiny_model()), on_device(make_batch(0)))
+
+
+def test_the_state_shares_no_memory_with_the_model():
+    model = tiny_model(quantizers()["VQ"])  # one array of it stands in two fields
+    step, _ = compiled("VQ")
+    step(start(model), on_device(make_batch(0)))
+    assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(model))
+
+
+def test_a_batch_keeps_nothing_of_the_callers_memory():
+    batch = make_batch(0)
+    before = batch.pixels.copy()
+    placed = on_device(batch)
+    batch.pixels[:] = 0
+    assert np.array_equal(np.asarray(placed.pixels), before)

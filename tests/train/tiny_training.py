@@ -1,0 +1,90 @@
+"""A model of a few hundred weights and data that can say where it is."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from elastictok.data import Batch
+from elastictok.models import CoarseToFine, ElasticTok, Patching, presets
+from elastictok.quantizers import FSQ, LFQ, VQ, AbstractQuantizer, GaussianVAE, Residual
+
+SIZE = 16  # pixels: four patches, so four tokens to a block
+
+
+def quantizers() -> dict[str, AbstractQuantizer]:
+    """One of each kind."""
+    return {
+        "FSQ": FSQ((5, 5, 5)),
+        "GaussianVAE": GaussianVAE(3),
+        "VQ": VQ(17, 3, key=jax.random.key(1)),
+        "LFQ": LFQ(4),
+        "Residual": Residual(VQ(8, 3, key=jax.random.key(2)), 2),
+    }
+
+
+def tiny_model(quantizer: AbstractQuantizer | None = None, *, seed: int = 0) -> ElasticTok:
+    """Width 16, one layer on each side."""
+    return presets.build(
+        size=(SIZE, SIZE),
+        context=2,
+        frames_per_block=1,
+        min_tokens=1,
+        patching=Patching(1, 8, 8),
+        order=CoarseToFine(),
+        quantizer=FSQ((5, 5, 5)) if quantizer is None else quantizer,
+        dim=16,
+        hidden=16,
+        layers=1,
+        heads=2,
+        theta=1e4,
+        std=0.1,
+        key=jax.random.key(seed),
+    )
+
+
+def make_batch(seed: int, *, examples: int = 8, blocks: int = 2) -> Batch:
+    """Two-colour patches; the last block of every third example is padding."""
+    rng = np.random.default_rng(seed)
+    cells = rng.integers(0, 256, (examples, blocks, 1, 2, 2, 3), dtype=np.uint8)
+    pixels = cells.repeat(SIZE // 2, axis=3).repeat(SIZE // 2, axis=4)
+    valid = np.ones((examples, blocks), bool)
+    valid[::3, -1] = blocks == 1
+    pixels[~valid] = 0
+    segments = np.where(valid, np.arange(1, blocks + 1, dtype=np.int32), 0)
+    return Batch(pixels, segments, valid)
+
+
+class Counted:
+    """Endless batches made from their number; the number is the iterator's state."""
+
+    def __init__(self, examples: int = 8, blocks: int = 2):
+        self.examples = examples
+        self.blocks = blocks
+        self.closed = 0
+
+    def __iter__(self) -> "CountedIterator":
+        return CountedIterator(self)
+
+
+class CountedIterator:
+    def __init__(self, parent: Counted):
+        self._parent = parent
+        self._state = {"next": 0}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        self._state["next"] += 1
+        number = self._state["next"]
+        return make_batch(number, examples=self._parent.examples, blocks=self._parent.blocks)
+
+    def get_state(self) -> dict:
+        return self._state  # not a copy: whoever keeps it must copy
+
+    def set_state(self, state: dict) -> None:
+        self._state = dict(state)
+
+    def close(self) -> None:
+        self._parent.closed += 1
