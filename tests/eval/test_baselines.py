@@ -250,6 +250,14 @@ def test_only_training_material_is_looked_at():
     assert all(np.array_equal(q.values, v) for q, v in zip(coder.quantisers, values, strict=True))
 
 
+def test_training_material_may_have_any_sizes():
+    training = [*photographs(2, 16, 16), *photographs(2, 9, 30, frames=3), *photographs(1, 40, 8)]
+    # Several times: run-time types look at one item of a sequence, a random one.
+    for _ in range(5):
+        coder = fit_patch_pca(training, components=6, bits=8, patch=PATCH)
+    assert coder(training[2]).shape == (3, 9, 30, 3)
+
+
 def test_wrong_requests_say_what_is_possible():
     training = photographs(2, 16, 16)
     with pytest.raises(ValueError, match=r"1\.\.192 principal components, asked for 193"):

@@ -155,6 +155,9 @@ def test_the_data_set_counts_pixels_not_items():
     small = np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 10, np.uint8)
     large = np.zeros((1, 4, 6, 3), np.uint8), np.full((1, 4, 6, 3), 20, np.uint8)
     expected = decibels(*[100] * 12, *[400] * 72)
+    # Several times: run-time types look at one item of a list, a random one.
+    for _ in range(5):
+        assert psnr_dataset([small, large]) == pytest.approx(expected)
     assert psnr_dataset(iter([small, large])) == pytest.approx(expected)
 
 

@@ -9,7 +9,7 @@ import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TypeAlias, final
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -19,6 +19,9 @@ from ._scalar import Quantiser, allocate, fit_quantisers
 # More patches than this change no digit that is reported.
 _MOST_PATCHES = 100_000
 _LARGEST_QUANTISER = 256
+
+# `[frames height width 3]`; in a sequence of them, sizes may differ from clip to clip.
+AnyClip: TypeAlias = UInt8[np.ndarray, "_ _ _ 3"]
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:
@@ -215,9 +218,7 @@ class TransformCoder(AbstractBaseline):
         return self.patch.join(patches, *frames.shape[:3])
 
 
-def _training_patches(
-    clips: Sequence[UInt8[np.ndarray, "frames height width 3"]], patch: Patch
-) -> np.ndarray:
+def _training_patches(clips: Sequence[AnyClip], patch: Patch) -> np.ndarray:
     """Patches of the training material as float64 rows, thinned evenly where there are too many."""
     if not clips:
         raise ValueError("a baseline is fitted to training pictures or clips: give at least one")
@@ -251,7 +252,7 @@ def _quantised(
 
 
 def fit_patch_pca(
-    clips: Sequence[UInt8[np.ndarray, "frames height width 3"]],
+    clips: Sequence[AnyClip],
     *,
     components: int,
     bits: float | int | None,
@@ -298,9 +299,7 @@ def dct_matrix(size: int) -> Float[np.ndarray, "size size"]:
     return scale * cosines
 
 
-def fit_block_dct(
-    clips: Sequence[UInt8[np.ndarray, "frames height width 3"]], *, bits: float | int, patch: Patch
-) -> TransformCoder:
+def fit_block_dct(clips: Sequence[AnyClip], *, bits: float | int, patch: Patch) -> TransformCoder:
     """A block DCT at a fixed rate: the transform is fixed, only its quantisers are fitted.
 
     The DCT runs along frames, height, width and the three colours. Along the colours its rows are
@@ -328,7 +327,7 @@ def fit_block_dct(
 
 
 def fit_baselines(
-    clips: Sequence[UInt8[np.ndarray, "frames height width 3"]],
+    clips: Sequence[AnyClip],
     *,
     patch: Patch,
     bits: float | int | None,

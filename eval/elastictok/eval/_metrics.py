@@ -15,6 +15,9 @@ Pixels: TypeAlias = (
     | Float[np.ndarray, "frames height width channels"]
 )
 
+# In a sequence, sizes may differ from one to the next.
+AnyPixels: TypeAlias = UInt8[np.ndarray, "_ _ _ _"] | Float[np.ndarray, "_ _ _ _"]
+
 # Wang, Bovik, Sheikh and Simoncelli 2004, section III.B, as scikit-image has it.
 _K1, _K2 = 0.01, 0.03
 _SSIM_RANGE = 255.0
@@ -98,7 +101,7 @@ def psnr_per_clip(truth: Pixels, reconstruction: Pixels) -> float:
     return psnr(mse(truth, reconstruction))
 
 
-def psnr_dataset(pairs: Iterable[tuple[Pixels, Pixels]]) -> float:
+def psnr_dataset(pairs: Iterable[tuple[AnyPixels, AnyPixels]]) -> float:
     """PSNR of a data set in dB: all squared errors are pooled, then turned into dB once.
 
     Every pixel counts the same, so large or long items weigh more. Of the three variants it is the
