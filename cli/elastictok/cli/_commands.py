@@ -18,8 +18,8 @@ QuantizerName = Literal["fsq", "vae", "vq", "lfq", "residual"]
 class Demo:
     """Train a small model on photographs, show what it does on others: about four minutes.
 
-    The photographs come with scikit-image; clips are made from them. Leaves the trained model, token
-    files, reconstructions and report.html in the output folder.
+    The photographs come with scikit-image; clips are made from them. Leaves the trained model,
+    token files, reconstructions and report.html in the output folder.
     """
 
     out: Output = Path("elastictok-demo")
@@ -159,7 +159,7 @@ class Eval:
     data: tuple[Path, ...]
     """Folders of pictures and clips that the model was not trained on."""
     out: Output
-    """Folder for report.html and evaluation.json."""
+    """Folder for report.html and the measurements as JSON."""
     threshold: tuple[float, ...] = (0.015, 0.003)
     """Mean squared errors to search lengths for."""
     baseline_data: tuple[Path, ...] = ()

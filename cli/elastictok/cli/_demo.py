@@ -96,6 +96,7 @@ def write_tokens(model: ElasticTok, samples: Samples, out: Path) -> None:
     tokenizer = Tokenizer(model, strategy())
     (out / "tokens").mkdir()
     (out / "reconstructions").mkdir()
+    (out / "data" / "test").mkdir()
     for name in SHOWN:
         tokens = tokenizer.encode(samples.pictures[name][None])
         tokens.save(out / "tokens" / f"{name}.safetensors")

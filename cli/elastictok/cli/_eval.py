@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elastictok.data import Clip, MediaReader, find_media, is_clip
+from elastictok.data import Clip, MediaReader, find_media
 from elastictok.eval import Evaluation, Item, share_settings, threshold_settings
 from elastictok.inference import MSE, FixedLength, Tokenizer
 from elastictok.models import ElasticTok, load
@@ -69,11 +69,8 @@ def _item(clip: Clip) -> Item:
 
 def _read(command: Eval, folders: Sequence[Path]) -> dict[str, list[Clip]]:
     """Pictures and clips of folders, at most `max_items` of each."""
-    paths = find_media(folders)
-    kinds = {
-        "pictures": [path for path in paths if not is_clip(path)],
-        "clips": [path for path in paths if is_clip(path)],
-    }
+    media = find_media(folders)
+    kinds = {"pictures": media.pictures, "clips": media.clips}
     chosen = {name: _evenly(found, command.max_items) for name, found in kinds.items()}
     for name, found in kinds.items():
         if len(chosen[name]) < len(found):

@@ -1,10 +1,12 @@
 """The shell: parse, run, and say what went wrong in one line."""
 
+import functools
+import operator
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any, Union
+from typing import Annotated, Any
 
 import tyro
 
@@ -22,9 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Exits with 2 and one line on bad input; `ELASTICTOK_TRACEBACK=1` shows where it was found.
     """
     command: Any = tyro.cli(
-        Union[
-            tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
-        ],
+        functools.reduce(
+            operator.or_,
+            (Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()),
+        ),
         prog="elastictok",
         description=DESCRIPTION,
         args=arguments,

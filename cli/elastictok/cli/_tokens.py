@@ -4,7 +4,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from elastictok.data import is_clip, read_media, write_clip, write_picture
+from elastictok.data import CLIPS, read_media, write_clip, write_picture
 from elastictok.inference import (
     MSE,
     AbstractStrategy,
@@ -58,7 +58,7 @@ def _strategy(command: Encode) -> AbstractStrategy:
 def decode(command: Decode) -> None:
     """Writes the picture or clip that a token file holds."""
     tokens = Tokens.load(command.input)
-    clip = is_clip(command.out)
+    clip = command.out.suffix.lower() in CLIPS
     if not clip and not tokens.picture:
         raise ValueError(
             f"{command.input} holds a clip of {tokens.frames} frames, and {command.out} is a "
