@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastictok.models import CoarseToFine, ElasticTok, Patching, presets
+from elastictok.models import CoarseToFine, ElasticTok, Patching, RankRotary, presets
 from elastictok.quantizers import FSQ, AbstractQuantizer
 
 
@@ -25,7 +25,7 @@ def build_tiny(
         hidden=24,
         layers=2,
         heads=2,
-        theta=100.0,
+        rotary=RankRotary(100.0),
         std=0.3,
         place_frequencies=4,
         key=jax.random.key(0),

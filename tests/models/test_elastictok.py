@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastictok.models import (
+    CellRotary,
     Patching,
-    Raster,
+    RankRotary,
     count_parameters,
     presets,
     trainable,
@@ -130,7 +131,7 @@ def test_a_packed_document_is_what_it_is_alone(tiny, noise):
     pixels, lengths = noise(0, FRAMES, 16, 16, 3), jnp.array([5, 16, 9])
     packed = run(tiny, pixels, lengths, jnp.array([0, 1, 1]))
     alone = run(tiny, pixels[2:], lengths[1:])
-    # Positions differ by a block, and rotary embedding knows distances only.
+    # Positions differ by a block, and rotary embeddings know distances only.
     np.testing.assert_allclose(packed.pixels[2:], alone.pixels, atol=2e-5)
 
 
@@ -199,10 +200,10 @@ def test_vmap_equals_loop(tiny, noise, seed):
         np.testing.assert_array_equal(batched.codes[i], single.codes)
 
 
-@pytest.mark.parametrize("order", [Raster(), None])
+@pytest.mark.parametrize("rotary", [RankRotary(100.0), CellRotary(30.0, 100.0)])
 @pytest.mark.parametrize("size", [(16, 16), (8, 20)])
-def test_cached_block_by_block_equals_the_whole_sequence(make_tiny, noise, size, order):
-    model = make_tiny(GaussianVAE(3), order=order)
+def test_cached_block_by_block_equals_the_whole_sequence(make_tiny, noise, size, rotary):
+    model = make_tiny(GaussianVAE(3), rotary=rotary)
     height, width = size
     pixels, lengths = noise(0, FRAMES, height, width, 3), jnp.array([3, 10, 7])
     whole = run(model, pixels, lengths)

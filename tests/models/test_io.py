@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elastictok.models import ModelFileError, fingerprint, load, save
+from elastictok.models import ModelFileError, RankRotary, fingerprint, load, save
 from elastictok.quantizers import FSQ, LFQ, VQ, GaussianVAE, Residual
 
 
@@ -53,7 +53,7 @@ def test_the_fingerprint_sees_every_array_and_setting(tiny, make_tiny):
     for i, leaf in enumerate(leaves):
         changed = [*leaves[:i], leaf.at[(0,) * leaf.ndim].add(1), *leaves[i + 1 :]]
         prints.add(fingerprint(eqx.combine(jax.tree.unflatten(tree, changed), static)))
-    prints.add(fingerprint(make_tiny(theta=101.0)))
+    prints.add(fingerprint(make_tiny(rotary=RankRotary(101.0))))
     prints.add(fingerprint(make_tiny(min_tokens=3)))
     assert len(prints) == len(leaves) + 3
 

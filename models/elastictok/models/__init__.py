@@ -8,19 +8,23 @@ if os.environ.get("ELASTICTOK_TYPECHECK") == "1":
     install_import_hook("elastictok.models", "beartype.beartype")
 
 from . import presets
+from ._cells import Cells
 from ._elastictok import Cache, Decoder, ElasticTok, ElasticTokOutput, Encoder, trainable
 from ._io import ModelFileError, fingerprint, load, save
 from ._order import AbstractOrder, CoarseToFine, Raster
 from ._patching import Patching
 from ._place import PlaceEmbedding
-from ._rope import rotary, rotate
+from ._rope import AbstractRotary, CellRotary, RankRotary, rotary, rotate
 from ._taildrop import AbstractTailDrop, FixedDrop, LogUniformDrop, UniformDrop
 from ._transformer import KVCache, Linear, RMSNorm, SwiGLU, Transformer, count_parameters
 
 __all__ = [
     "AbstractOrder",
+    "AbstractRotary",
     "AbstractTailDrop",
     "Cache",
+    "CellRotary",
+    "Cells",
     "CoarseToFine",
     "Decoder",
     "ElasticTok",
@@ -34,6 +38,7 @@ __all__ = [
     "Patching",
     "PlaceEmbedding",
     "RMSNorm",
+    "RankRotary",
     "Raster",
     "SwiGLU",
     "Transformer",

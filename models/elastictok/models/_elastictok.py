@@ -5,16 +5,17 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from elastictok.attention import AbstractMask, BlockCausal, KeyValid, Segments
 from elastictok.quantizers import AbstractQuantizer, QuantizerOutput
 
+from ._cells import Cells
 from ._order import AbstractOrder
 from ._patching import Patching
-from ._place import PlaceEmbedding, cell_coordinates
+from ._place import PlaceEmbedding
+from ._rope import AbstractRotary
 from ._transformer import KVCache, Linear, RMSNorm, Transformer
 
 
@@ -38,7 +39,7 @@ class Encoder(eqx.Module):
         hidden: int,
         layers: int,
         heads: int,
-        theta: float,
+        rotary: AbstractRotary,
         eps: float = 1e-5,
         std: float = 0.02,
         dtype: DTypeLike = jnp.float32,
@@ -63,7 +64,7 @@ class Encoder(eqx.Module):
             hidden=hidden,
             layers=layers,
             heads=heads,
-            theta=theta,
+            rotary=rotary,
             eps=eps,
             std=std,
             dtype=dtype,
@@ -77,11 +78,12 @@ class Encoder(eqx.Module):
         self,
         patches: Float[Array, "tokens patch"],
         keep: Bool[Array, "tokens"],
-        coordinates: Float[Array, "tokens 3"],
+        positions: Int[Array, "tokens"],
+        cells: Cells,
     ) -> Float[Array, "tokens dim"]:
         """Input embeddings: each patch's, its *kept* or *masked* vector and its place."""
         x = self.in_proj(patches) + jnp.where(keep[:, None], self.kept, self.masked)
-        return x if self.place is None else x + self.place(coordinates)
+        return _placed(x, self.place, positions, cells)
 
     def readout(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens latent_dim"]:
         """Latents from the last layer's output."""
@@ -93,21 +95,22 @@ class Encoder(eqx.Module):
         keep: Bool[Array, "tokens"],
         mask: AbstractMask,
         positions: Int[Array, "tokens"],
-        coordinates: Float[Array, "tokens 3"],
+        cells: Cells,
     ) -> Float[Array, "tokens latent_dim"]:
         """Latents of a whole sequence."""
-        x = self.embed(patches, keep, coordinates)
-        return self.readout(self.transformer(x, mask, positions))
+        x = self.embed(patches, keep, positions, cells)
+        return self.readout(self.transformer(x, mask, positions, cells))
 
     def extend(
         self,
         patches: Float[Array, "tokens patch"],
         keep: Bool[Array, "tokens"],
         cache: KVCache,
-        coordinates: Float[Array, "tokens 3"],
+        cells: Cells,
     ) -> tuple[Float[Array, "tokens latent_dim"], KVCache]:
         """Latents of the next block of a stream."""
-        x, cache = self.transformer.extend(self.embed(patches, keep, coordinates), cache)
+        x = self.embed(patches, keep, jnp.arange(len(keep)), cells)
+        x, cache = self.transformer.extend(x, cache, cells)
         return self.readout(x), cache
 
 
@@ -129,7 +132,7 @@ class Decoder(eqx.Module):
         hidden: int,
         layers: int,
         heads: int,
-        theta: float,
+        rotary: AbstractRotary,
         eps: float = 1e-5,
         std: float = 0.02,
         dtype: DTypeLike = jnp.float32,
@@ -152,7 +155,7 @@ class Decoder(eqx.Module):
             hidden=hidden,
             layers=layers,
             heads=heads,
-            theta=theta,
+            rotary=rotary,
             eps=eps,
             std=std,
             dtype=dtype,
@@ -163,11 +166,14 @@ class Decoder(eqx.Module):
         self.out_proj = Linear(dim, patch_dim, std=std, key=o)
 
     def embed(
-        self, latents: Float[Array, "tokens latent_dim"], coordinates: Float[Array, "tokens 3"]
+        self,
+        latents: Float[Array, "tokens latent_dim"],
+        positions: Int[Array, "tokens"],
+        cells: Cells,
     ) -> Float[Array, "tokens dim"]:
         """Input embeddings: each latent's, plus its place."""
         x = self.in_proj(latents)
-        return x if self.place is None else x + self.place(coordinates)
+        return _placed(x, self.place, positions, cells)
 
     def readout(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens patch"]:
         """Patches from the last layer's output."""
@@ -178,20 +184,21 @@ class Decoder(eqx.Module):
         latents: Float[Array, "tokens latent_dim"],
         mask: AbstractMask,
         positions: Int[Array, "tokens"],
-        coordinates: Float[Array, "tokens 3"],
+        cells: Cells,
     ) -> Float[Array, "tokens patch"]:
         """Patches of a whole sequence."""
-        x = self.embed(latents, coordinates)
-        return self.readout(self.transformer(x, mask, positions))
+        x = self.embed(latents, positions, cells)
+        return self.readout(self.transformer(x, mask, positions, cells))
 
     def extend(
         self,
         latents: Float[Array, "tokens latent_dim"],
         cache: KVCache,
-        coordinates: Float[Array, "tokens 3"],
+        cells: Cells,
     ) -> tuple[Float[Array, "tokens patch"], KVCache]:
         """Patches of the next block of a stream."""
-        x, cache = self.transformer.extend(self.embed(latents, coordinates), cache)
+        x = self.embed(latents, jnp.arange(len(latents)), cells)
+        x, cache = self.transformer.extend(x, cache, cells)
         return self.readout(x), cache
 
 
@@ -428,7 +435,7 @@ class ElasticTok(eqx.Module):
             keep,
             _mask(math.prod(grid), segments, key_valid),
             _positions(positions, patches),
-            self._coordinates(grid, patches.shape[0]),
+            Cells(self.order, grid),
         )
         return self.quantizer(latents, keep, key=key)
 
@@ -446,7 +453,7 @@ class ElasticTok(eqx.Module):
             latents,
             _mask(math.prod(grid), segments, key_valid),
             _positions(positions, latents),
-            self._coordinates(grid, latents.shape[0]),
+            Cells(self.order, grid),
         )
 
     def init_cache(self, blocks: int, *, height: int, width: int) -> Cache:
@@ -478,8 +485,8 @@ class ElasticTok(eqx.Module):
             )
         _, height, width, _ = pixels.shape
         keep = self.keep(length[None], height, width)
-        coordinates = self._coordinates(self.grid(height, width), len(keep))
-        latents, encoder = self.encoder.extend(self.patch(pixels), keep, cache.encoder, coordinates)
+        cells = Cells(self.order, self.grid(height, width))
+        latents, encoder = self.encoder.extend(self.patch(pixels), keep, cache.encoder, cells)
         return self.quantizer(latents, keep, key=key), Cache(encoder, cache.decoder)
 
     def decode_block(
@@ -494,14 +501,9 @@ class ElasticTok(eqx.Module):
         """Pixels of the next block of a stream, and the state with the decoder's part moved on."""
         keep = self.keep(length[None], height, width)
         latents = jnp.where(keep[:, None], latents, 0)
-        coordinates = self._coordinates(self.grid(height, width), len(keep))
-        patches, decoder = self.decoder.extend(latents, cache.decoder, coordinates)
+        cells = Cells(self.order, self.grid(height, width))
+        patches, decoder = self.decoder.extend(latents, cache.decoder, cells)
         return self.unpatch(patches, height, width), Cache(cache.encoder, decoder)
-
-    def _coordinates(self, grid: tuple[int, int, int], tokens: int) -> Float[Array, "tokens 3"]:
-        # The last block of a token-level call may be cut.
-        blocks = -(-tokens // math.prod(grid))
-        return jnp.asarray(np.tile(cell_coordinates(self.order, grid), (blocks, 1))[:tokens])
 
     def _blocks(self, frames: int) -> int:
         if frames < 1 or frames % self.frames_per_block:
@@ -533,6 +535,15 @@ def _place(
     if frequencies is None:
         return None
     return PlaceEmbedding(dim, frequencies=frequencies, std=std, key=key)
+
+
+def _placed(
+    x: Float[Array, "tokens dim"],
+    place: PlaceEmbedding | None,
+    positions: Int[Array, "tokens"],
+    cells: Cells,
+) -> Float[Array, "tokens dim"]:
+    return x if place is None else x + place(cells.coordinates(positions))
 
 
 def _mask(

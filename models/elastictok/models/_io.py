@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import elastictok.quantizers as quantizers
 
-from . import _elastictok, _order, _patching, _place, _transformer
+from . import _elastictok, _order, _patching, _place, _rope, _transformer
 from ._elastictok import ElasticTok
 
 FORMAT = "elastictok-model"
@@ -37,7 +37,7 @@ class ModelFileError(ValueError):
 def class_table(classes: Sequence[type[eqx.Module]] = ()) -> dict[str, type[eqx.Module]]:
     """The classes that a saved model may name: this library's final ones and the user's own."""
     table: dict[str, type[eqx.Module]] = {}
-    for module in (_elastictok, _order, _patching, _place, _transformer, quantizers):
+    for module in (_elastictok, _order, _patching, _place, _rope, _transformer, quantizers):
         for name, value in vars(module).items():
             if isinstance(value, type) and issubclass(value, eqx.Module):
                 table[name] = value

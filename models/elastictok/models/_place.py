@@ -3,18 +3,14 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Key
-
-from ._order import AbstractOrder
 
 
 class PlaceEmbedding(eqx.Module):
     """A learned smooth function of a cell's place in its block, added to its token.
 
-    The rotary position is a token's rank. In an order other than raster, equal distances in rank
-    are unequal distances in the picture, and the first steps of training are spent finding out
-    where each rank lies. This embedding says it: a linear map of the cosine basis
+    Rotary embeddings tell distances alone; this one tells places, so that the first steps of
+    training are not spent finding out where each token lies: a linear map of the cosine basis
     `cos(pi i u) cos(pi j v)` over height and width and `cos(pi k w)` over time, with coordinates
     from 0 to 1, so that one set of weights serves every frame size. Not in the paper.
     """
@@ -44,9 +40,3 @@ class PlaceEmbedding(eqx.Module):
         time, height, width = jnp.moveaxis(jnp.cos(jnp.pi * coordinates[..., None] * orders), 1, 0)
         space = (height[:, :, None] * width[:, None, :]).reshape(len(coordinates), -1)
         return jnp.concatenate([space, time[:, 1:]], axis=-1) @ self.weight
-
-
-def cell_coordinates(order: AbstractOrder, grid: tuple[int, int, int]) -> np.ndarray:
-    """Middle of each token's cell, `[tokens 3]` float32 in (0, 1), tokens of one block in order."""
-    cells = np.stack(np.unravel_index(order.cells(grid), grid), axis=-1)
-    return ((cells + 0.5) / np.asarray(grid)).astype(np.float32)

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from elastictok.attention import AbstractMask, KeyValid, attention
 
-from ._rope import rotary, rotate
+from ._cells import Cells
+from ._rope import AbstractRotary, rotate
 
 
 class Linear(eqx.Module):
@@ -114,7 +115,7 @@ class Transformer(eqx.Module):
     """
 
     layers: Layer
-    theta: float = eqx.field(static=True)
+    rotary: AbstractRotary
     dtype: DTypeLike = eqx.field(static=True)
     remat: bool = eqx.field(static=True)
 
@@ -125,7 +126,7 @@ class Transformer(eqx.Module):
         hidden: int,
         layers: int,
         heads: int,
-        theta: float,
+        rotary: AbstractRotary,
         eps: float = 1e-5,
         std: float = 0.02,
         dtype: DTypeLike = jnp.float32,
@@ -136,7 +137,7 @@ class Transformer(eqx.Module):
 
         - `dim`, `hidden`: width of the stream and of the gated feed-forward layer.
         - `layers`, `heads`: `heads` must divide `dim` into even parts.
-        - `theta`: base of the rotary frequencies.
+        - `rotary`: what the angles of queries and keys are made of.
         - `eps`, `std`: of the norms; of the normal initialisation.
         - `dtype`: of matrix products and attention.
         - `remat`: keep only each layer's input for the backward pass and compute the rest again.
@@ -153,7 +154,7 @@ class Transformer(eqx.Module):
             return Layer(dim, hidden, heads, eps=eps, std=std, key=key)
 
         self.layers = eqx.filter_vmap(make)(jax.random.split(key, layers))
-        self.theta = theta
+        self.rotary = rotary
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
 
@@ -177,9 +178,10 @@ class Transformer(eqx.Module):
         x: Float[Array, "tokens dim"],
         mask: AbstractMask,
         positions: Int[Array, "tokens"],
+        cells: Cells,
     ) -> Float[Array, "tokens dim"]:
         """All tokens at once. `mask` says who sees whom, by index in the sequence."""
-        cos, sin = rotary(positions, self.head_dim, self.theta)
+        cos, sin = self.rotary(positions, cells, self.head_dim)
 
         def step(x, layer):
             q, k, v = self._project(layer, x, cos, sin)
@@ -198,12 +200,12 @@ class Transformer(eqx.Module):
         return KVCache(empty, empty, jnp.zeros((), jnp.int32))
 
     def extend(
-        self, x: Float[Array, "tokens dim"], cache: KVCache
+        self, x: Float[Array, "tokens dim"], cache: KVCache, cells: Cells
     ) -> tuple[Float[Array, "tokens dim"], KVCache]:
         """The next block of a stream: it sees itself and the blocks in the cache."""
         tokens = x.shape[0]
         positions = cache.count * tokens + jnp.arange(tokens)
-        cos, sin = rotary(positions, self.head_dim, self.theta)
+        cos, sin = self.rotary(positions, cells, self.head_dim)
         slot = cache.count % cache.window
         # Every block in the ring is this one or an earlier one: validity is all the mask there is.
         mask = KeyValid(jnp.repeat(jnp.arange(cache.window) <= cache.count, tokens))

@@ -10,6 +10,7 @@ from elastictok.quantizers import FSQ, AbstractQuantizer, GaussianVAE
 from ._elastictok import Decoder, ElasticTok, Encoder
 from ._order import AbstractOrder, CoarseToFine, Raster
 from ._patching import Patching
+from ._rope import AbstractRotary, CellRotary, RankRotary
 
 FSQ_64K = (8, 8, 8, 5, 5, 5)
 """Levels of the released discrete model: 64,000 codes."""
@@ -28,7 +29,7 @@ def build(
     hidden: int,
     layers: int,
     heads: int,
-    theta: float,
+    rotary: AbstractRotary,
     std: float = 0.02,
     dtype: DTypeLike = jnp.float32,
     remat: bool = False,
@@ -44,7 +45,7 @@ def build(
         hidden=hidden,
         layers=layers,
         heads=heads,
-        theta=theta,
+        rotary=rotary,
         std=std,
         dtype=dtype,
         remat=remat,
@@ -58,7 +59,7 @@ def build(
         hidden=hidden,
         layers=layers,
         heads=heads,
-        theta=theta,
+        rotary=rotary,
         std=std,
         dtype=dtype,
         remat=remat,
@@ -92,7 +93,7 @@ def demo(*, key: Key[Array, ""], quantizer: AbstractQuantizer | None = None) -> 
         hidden=256,
         layers=2,
         heads=4,
-        theta=1e4,
+        rotary=CellRotary(30.0, 100.0),
         place_frequencies=8,
         key=key,
     )
@@ -112,7 +113,7 @@ def small(*, key: Key[Array, ""], quantizer: AbstractQuantizer | None = None) ->
         hidden=512,
         layers=4,
         heads=4,
-        theta=1e5,
+        rotary=CellRotary(30.0, 100.0),
         place_frequencies=16,
         key=key,
     )
@@ -132,7 +133,7 @@ def elastictok_fsq_200m(*, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) 
         hidden=2048,
         layers=10,
         heads=8,
-        theta=5e7,
+        rotary=RankRotary(5e7),
         dtype=dtype,
         remat=True,
         key=key,
@@ -153,7 +154,7 @@ def elastictok_vae_200m(*, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) 
         hidden=2048,
         layers=10,
         heads=8,
-        theta=5e6,
+        rotary=RankRotary(5e6),
         dtype=dtype,
         remat=True,
         key=key,
