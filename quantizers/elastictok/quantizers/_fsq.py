@@ -14,7 +14,10 @@ from ._base import AbstractDiscreteQuantizer
 
 _MAX_LEVEL = 1001
 _MAX_CODES = 2**31
-# Beyond this a sum of stages, of size about 1, comes too close to float32's 2**-24.
+# Points are multiples of this: finer than anyone needs, and of size below 2 they and their sums are
+# exact in float32.
+_QUANTUM = 2.0**-22
+# Points closer than a few quanta could not be told apart.
 _MAX_DENOMINATOR = 2**20
 
 
@@ -56,6 +59,16 @@ def _digits_of_codes(
     return codes.astype(jnp.int32)[:, None] // _places(levels) % np.array(levels, np.int32)
 
 
+def _ratios(
+    numerators: Int32[Array, "tokens dim"], denominators: np.ndarray
+) -> Float32[Array, "tokens dim"]:
+    """The quotients, to the nearest multiple of 2**-22."""
+    # A plain quotient is not the same bits in every program: XLA makes it a multiplication, and
+    # may fuse that into the addition that follows in Residual. Powers of two are exact either way.
+    per_quantum = (1 / (_QUANTUM * denominators)).astype(np.float32)
+    return jnp.round(numerators.astype(jnp.float32) * per_quantum) * np.float32(_QUANTUM)
+
+
 @final
 class FSQ(AbstractDiscreteQuantizer):
     """Finite scalar quantization (Mentzer et al., arXiv 2309.15505) with the code book of
@@ -65,7 +78,8 @@ class FSQ(AbstractDiscreteQuantizer):
     `tanh(z + shift) * half - offset`, with `half = (L - 1) * (1 - 1e-3) / 2`, `offset = 0.5` for
     even `L` and 0 for odd, `shift = tan(offset / half)`; rounded with a straight-through gradient;
     and divided by `L // 2`. Other libraries have `atanh` and `1 + 1e-3`, which is another code
-    book. Loss and statistics are empty.
+    book. Loss and statistics are empty. Where `L // 2` is not a power of two the quotient is
+    rounded to a multiple of `2**-22`, so that every compiled program gives the same bits.
 
     The code is the mixed radix number of the levels' indices, the first level fastest. All integer
     arithmetic comes after rounding, in int32.
@@ -118,7 +132,7 @@ class FSQ(AbstractDiscreteQuantizer):
     def from_codes(self, codes: Int[Array, " tokens"]) -> Float32[Array, "tokens dim"]:
         """The quantized latents of these codes."""
         centre = np.array(self.levels, np.int32) // 2
-        return (_digits_of_codes(codes, self.levels) - centre).astype(jnp.float32) / self._steps
+        return _ratios(_digits_of_codes(codes, self.levels) - centre, self._steps)
 
     def refined(self) -> AbstractDiscreteQuantizer:
         """A grid of as many levels within one step of this one."""
@@ -184,8 +198,7 @@ class UniformGrid(AbstractDiscreteQuantizer):
         """The points of these codes."""
         top = np.array(self.levels, np.int32) - 1
         numerators = 2 * _digits_of_codes(codes, self.levels) - top
-        # One division of exact integers: the same bits whether or not the compiler fuses.
-        return numerators.astype(jnp.float32) / np.array(self.denominators, np.float32)
+        return _ratios(numerators, np.array(self.denominators, np.float64))
 
     def refined(self) -> AbstractDiscreteQuantizer:
         """A grid of as many levels within one step of this one."""

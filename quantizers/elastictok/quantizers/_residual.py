@@ -113,9 +113,23 @@ class Residual(AbstractDiscreteQuantizer):
         return table[nearest(latents, self.from_codes(table))]
 
     def from_codes(self, codes: Int[Array, "tokens streams"]) -> Float32[Array, "tokens dim"]:
-        """The sums of the stages' points. The first few columns alone give a coarser result."""
+        """The sums of the stages' points.
+
+        **Arguments:**
+
+        - `codes`: one column per stage. The first few columns alone are allowed too, and give the
+            coarser result of as many stages.
+
+        **Raises:** `ValueError` if there are no columns, or more than stages.
+        """
+        columns = codes.shape[1]
+        if not 1 <= columns <= self.streams:
+            raise ValueError(
+                f"There are {columns} codes per token for {self.streams} stages: give 1 .. "
+                f"{self.streams}."
+            )
         total = self.stages[0].from_codes(codes[:, 0])
-        for i, stage in enumerate(self.stages[1:], start=1):
+        for i, stage in enumerate(self.stages[1:columns], start=1):
             total = total + stage.from_codes(codes[:, i])
         return total
 
