@@ -32,7 +32,8 @@ MAX_BYTES = 2**33
 """Most memory that the frames of one clip may take unless asked otherwise: 8 GiB."""
 
 # Some containers round time stamps to milliseconds, so that a frame seems to come a little late.
-_TOLERANCE = 0.002
+# Not a whole number of them, so that rounded sums never decide.
+_TOLERANCE = 0.0025
 
 # What a file may be, whatever its suffix says. Play lists and the like are left out: they name
 # other files and addresses, which ffmpeg would open.
@@ -204,11 +205,23 @@ def _video_stream(path: Path, container: InputContainer, max_pixels: int) -> Vid
     for stream in container.streams.video:
         # A cover picture in a music file is a video stream of one frame.
         if not stream.disposition & Disposition.attached_pic:
+            # PyAV's types do not say so, but there is none for a codec that is not known.
+            if stream.codec_context is None:
+                raise MediaError(path, "its video has an unknown codec")
             stream.thread_type = "SLICE"
             stream.codec_context.thread_count = 1
-            stream.codec_context.options = {"max_pixels": str(max_pixels)}
+            # Against frames that are larger than the header says. Not exact, because ffmpeg
+            # counts its padding too.
+            stream.codec_context.options = {"max_pixels": str(2 * max_pixels + 2**20)}
+            _check_size(path, stream.codec_context.width, stream.codec_context.height, max_pixels)
             return stream
     raise MediaError(path, "no video in this file (sound only?)")
+
+
+def _check_size(path: Path, width: int, height: int, limit: int) -> None:
+    if width * height > limit:
+        size = f"frames of {width} x {height} pixels"
+        raise MediaError(path, f"{size}, above the limit of {limit}; raise max_pixels")
 
 
 def _reason(error: Exception) -> str:
@@ -297,10 +310,7 @@ class _Reel:
                 self.failures += 1
                 continue
             for frame in frames:
-                if frame.width * frame.height > self._limit:
-                    size = f"frames of {frame.width} x {frame.height} pixels"
-                    reason = f"{size}, above the limit of {self._limit}; raise max_pixels"
-                    raise MediaError(self._path, reason)
+                _check_size(self._path, frame.width, frame.height, self._limit)
                 yield frame
 
     def _demuxed(self) -> Iterator[Packet | None]:

@@ -32,7 +32,7 @@ def read_media(
 
     - `path`: the file; see [`find_media`][] for the suffixes.
     - `fps`: resample a clip: frame `k` shows what is on screen `k / fps` seconds after the first
-        frame (time stamps are trusted to two milliseconds), to the end of the last frame. `None`
+        frame (time stamps are trusted to 2.5 milliseconds), to the end of the last frame. `None`
         keeps every frame. Ignored for a picture.
     - `max_frames`: stop after this many frames.
     - `max_pixels`: refuse pictures, and clips with frames, of more pixels. A picture above

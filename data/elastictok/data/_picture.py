@@ -61,10 +61,14 @@ def _pixels(
     if width * height > max_pixels:
         reason = f"{width} x {height} pixels, above the limit of {max_pixels}; raise max_pixels"
         raise MediaError(path, reason)
+    box = (0.0, 0.0, float(width), float(height))
     if working is not None and image.format in ("JPEG", "MPO"):
-        # Lets libjpeg leave out frequencies that the scaling below would drop anyway.
+        # Lets libjpeg leave out frequencies that the scaling below would drop anyway. The size is
+        # then a rounded fraction of the file's, of which `box` is the part that is not padding.
         high, wide = _stored_size(width, height, _orientation(image), working)
-        image.draft(image.mode, (wide, high))
+        drafted = image.draft(image.mode, (wide, high))
+        if drafted is not None:
+            box = drafted[1]
     image.load()
     # PNG may hold its orientation behind the pixels, so it is asked for after loading.
     orientation = _orientation(image)
@@ -72,7 +76,7 @@ def _pixels(
     if working is not None:
         high, wide = _stored_size(width, height, orientation, working)
         if (wide, high) != result.size:
-            result = result.resize((wide, high), Image.Resampling.BICUBIC)
+            result = result.resize((wide, high), Image.Resampling.BICUBIC, box)
     if orientation in _UPRIGHT:
         result = result.transpose(_UPRIGHT[orientation])
     return np.array(result)
@@ -128,5 +132,7 @@ def describe(error: Exception) -> str:
         return "no such file"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
-    text = str(error).splitlines()
-    return f"cannot be decoded ({type(error).__name__}{': ' + text[0] if text else ''})"
+    text = (str(error).splitlines() or [""])[0]
+    if not isinstance(error, OSError):
+        text = f"{type(error).__name__}: {text}"
+    return f"cannot be decoded ({text})"
