@@ -1,4 +1,4 @@
-"""The layout holds: one namespace, one direction of dependencies, each package its own distribution."""
+"""The layout holds: one namespace, dependencies one way, each package its own distribution."""
 
 import os
 import re

@@ -83,7 +83,7 @@ def publish(
     lead: str,
     notes: Sequence[str],
 ) -> None:
-    """Writes report.html, evaluation-NAME.json and the kept clips beside their truth; prints the table.
+    """Writes report.html, evaluation-NAME.json and videos of the kept clips; prints the tables.
 
     **Arguments:**
 

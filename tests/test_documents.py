@@ -1,0 +1,41 @@
+"""The Python in README files and docs runs as it stands."""
+
+import contextlib
+import io
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(
+    path.relative_to(ROOT)
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")]
+    if "```python" in path.read_text()
+)
+
+
+def test_there_is_something_to_run():
+    assert Path("README.md") in DOCUMENTS
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_snippets_run_in_order(document, tmp_path, monkeypatch):
+    from elastictok.data import write_picture
+
+    (tmp_path / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        write_picture(
+            tmp_path / "photos" / f"{i}.png", rng.integers(0, 256, (90, 70, 3)).astype(np.uint8)
+        )
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "snippet"}
+    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.S):
+        # Training is cut short; nothing else is changed.
+        snippet = re.sub(r"steps=\d[\d_]*", "steps=2", snippet)
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(snippet, str(document), "exec"), namespace)
+    assert os.getcwd() == str(tmp_path)
