@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from elastictok.inference import Codes, ElasticCodec, Latents, Tokens
-from elastictok.models import CoarseToFine, Patching, presets
+from elastictok.models import CellRotary, CoarseToFine, Patching, presets
 from elastictok.quantizers import FSQ
 
 
@@ -21,7 +21,7 @@ class PatchMeans(ElasticCodec[int, np.ndarray]):
     frames_per_block = 2
     context = 3
     min_tokens = 2
-    values = Codes(256)
+    kind = Codes(256)
     bits_per_token = 8.0
     fingerprint = "patch means"
 
@@ -79,7 +79,8 @@ def make_model():
             hidden=32,
             layers=1,
             heads=2,
-            theta=1e4,
+            rotary=CellRotary(30.0, 100.0),
+            place_frequencies=4,
             std=0.4,  # large: an untrained model should not paint everything grey
             key=jax.random.key(seed),
         )

@@ -212,8 +212,10 @@ def test_other_input(patch_means, frames, says):
 
 @pytest.mark.parametrize("fps", [0, -1.0, math.nan, math.inf])
 def test_impossible_rates(patch_means, fps):
+    codec = patch_means()
     with pytest.raises(ValueError, match="fps"):
-        Tokenizer(patch_means(), FixedLength(4)).encode(noise((2, 8, 8, 3)), fps=fps)
+        Tokenizer(codec, FixedLength(4)).encode(noise((2, 8, 8, 3)), fps=fps)
+    assert not codec.encoded  # said before the work, not after
 
 
 def test_too_many_tokens(patch_means):
@@ -221,7 +223,7 @@ def test_too_many_tokens(patch_means):
     wide, wider = noise((1, 8, 32, 3)), noise((1, 8, 33, 3))
     tok = Tokenizer(patch_means(), FixedLength(4))
     assert tok.encode(wide).tokens_per_block == 16
-    with pytest.raises(ValueError, match=r"8x33 pixels .* 18 tokens .* limit is 16.*limit=18"):
+    with pytest.raises(ValueError, match=r"8x33, make 18 tokens .* limit is 16.*limit=18"):
         tok.encode(wider)
     large = Tokenizer(patch_means(), FixedLength(4), limit=18)
     tokens = large.encode(wider)
@@ -269,7 +271,7 @@ def test_tokens_of_another_codec(patch_means):
     tokens.check(tok.codec)
     for name, value, says in (
         ("fingerprint", "someone else", "someone el"),
-        ("values", Latents(1), "tokens is"),
+        ("kind", Latents(1), "kind is"),
         ("frames_per_block", 3, "frames_per_block"),
         ("min_tokens", 3, "min_tokens"),
         ("bits_per_token", 7.0, "bits_per_token"),

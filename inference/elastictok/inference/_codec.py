@@ -58,8 +58,8 @@ class ElasticCodec(abc.ABC, Generic[EncoderState, DecoderState]):
     the decoder each have their own, so that decoding needs no encoder and a block that was encoded
     once can be decoded at several lengths.
 
-    What a token is, and how long a row of them, `tokens` says. Arrays of tokens (called `values`)
-    always have all `tokens_per_block` rows; only the first `length` rows mean anything.
+    What a token is, `kind` says. Arrays of tokens (called `values`) always have all
+    `tokens_per_block` rows; only the first `length` rows mean anything.
     """
 
     @property
@@ -89,7 +89,7 @@ class ElasticCodec(abc.ABC, Generic[EncoderState, DecoderState]):
 
     @property
     @abc.abstractmethod
-    def values(self) -> Codes | Latents:
+    def kind(self) -> Codes | Latents:
         """What a token is."""
 
     @property

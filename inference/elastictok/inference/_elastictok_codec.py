@@ -65,8 +65,8 @@ class ElasticTokCodec(ElasticCodec[Stream, Stream]):
         return self.model.min_tokens
 
     @property
-    def values(self) -> Codes | Latents:
-        return self._values
+    def kind(self) -> Codes | Latents:
+        return self._kind
 
     @property
     def bits_per_token(self) -> float | None:
@@ -77,7 +77,7 @@ class ElasticTokCodec(ElasticCodec[Stream, Stream]):
         return self._fingerprint
 
     @cached_property
-    def _values(self) -> Codes | Latents:
+    def _kind(self) -> Codes | Latents:
         quantizer = self.model.quantizer
         if not isinstance(quantizer, AbstractDiscreteQuantizer):
             return Latents(quantizer.latent_dim)

@@ -15,7 +15,7 @@ from ._codec import ElasticCodec, Latents
 from ._elastictok_codec import as_codec
 from ._frames import check_frames, fitted_size, multiple, pad, resize, to_rgb
 from ._strategies import AbstractStrategy, Allocation, Block, allocate
-from ._tokens import Tokens
+from ._tokens import Tokens, check_rate
 
 # Tokens of a block, against those at the codec's own size, beyond which it is surely a mistake.
 _TIMES_TRAINED = 4
@@ -129,9 +129,10 @@ class Tokenizer(eqx.Module):
         **Raises:** `ValueError` for other input, or if a block had more tokens than `limit`.
         """
         check_frames(frames)
+        check_rate(fps)
         geometry = self._geometry(frames.shape[1], frames.shape[2])
         results, seconds = zip(*self._blocks(frames, geometry), strict=True)
-        kind = self.codec.values
+        kind = self.codec.kind
         values = np.concatenate([r.result for r in results])
         probed = np.array([r.probed for r in results], np.int32)
         return Tokens(
@@ -186,7 +187,7 @@ class Tokenizer(eqx.Module):
         frames = []
         for index in range(tokens.blocks):
             kept = tokens.block(index)
-            values = self.codec.values.zeros(geometry.tokens)
+            values = self.codec.kind.zeros(geometry.tokens)
             values[: len(kept)] = kept
             pixels, state = self.codec.decode(values, len(kept), state)
             frames.append(pixels[:, : tokens.height, : tokens.width])
@@ -217,7 +218,7 @@ class Tokenizer(eqx.Module):
         def probe(length: int) -> tuple[float, _Probed]:
             values, after = self.codec.encode(pixels, length, encoder)
             # What a decoder that has only the kept tokens is given.
-            kept = self.codec.values.zeros(geometry.tokens)
+            kept = self.codec.kind.zeros(geometry.tokens)
             kept[:length] = values[:length]
             decoded, then = self.codec.decode(kept, length, decoder)
             loss = self.strategy.criterion(truth, decoded[:count, :height, :width])
@@ -239,8 +240,8 @@ class Tokenizer(eqx.Module):
         if tokens > self.limit:
             remedy = "do not ask for the native size" if self.native else "crop them"
             raise ValueError(
-                f"frames of {height}x{width} pixels (height x width) make {tokens} tokens per "
-                f"block; the limit is {self.limit}: shrink the frames, {remedy}, or pass "
-                f"limit={tokens}"
+                f"frames of {original[0]}x{original[1]} pixels (height x width), taken as "
+                f"{height}x{width}, make {tokens} tokens per block; the limit is {self.limit}: "
+                f"shrink the frames, {remedy}, or pass limit={tokens}"
             )
         return _Geometry(original, (height, width), padded, tokens)

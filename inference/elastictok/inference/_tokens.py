@@ -204,7 +204,7 @@ class Tokens:
             )
         height, width = multiple(self.height, codec.patch[0]), multiple(self.width, codec.patch[1])
         for name, ours, theirs in (
-            ("tokens", self.kind, codec.values),
+            ("kind", self.kind, codec.kind),
             ("frames_per_block", self.frames_per_block, codec.frames_per_block),
             ("min_tokens", self.min_tokens, codec.min_tokens),
             ("bits_per_token", self.bits_per_token, codec.bits_per_token),
@@ -260,6 +260,12 @@ class Tokens:
         return all(_same(getattr(self, name), getattr(other, name)) for name in names)
 
 
+def check_rate(fps: float | int | None) -> None:
+    """**Raises:** `ValueError` if there cannot be so many frames per second."""
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps is {fps}; it must be a positive number, or None if unknown")
+
+
 def _replace(tokens: Tokens, name: str, convert: Callable[[Any], Any]) -> None:
     value = getattr(tokens, name)
     if value is not None:
@@ -281,8 +287,7 @@ def _check_facts(tokens: Tokens) -> None:
         value = getattr(tokens, name)
         if not 1 <= value <= most:
             raise ValueError(f"{name} is {value}; it must be 1 to {most}")
-    if tokens.fps is not None and not 0 < tokens.fps < math.inf:
-        raise ValueError(f"fps is {tokens.fps}; it must be a positive number, or None if unknown")
+    check_rate(tokens.fps)
     if tokens.bits_per_token is not None and not 0 <= tokens.bits_per_token < math.inf:
         raise ValueError(f"bits_per_token is {tokens.bits_per_token}; it must be 0 or more")
     if tokens.picture and tokens.frames != 1:
