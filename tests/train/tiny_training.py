@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from elastictok.data import Batch
-from elastictok.models import CoarseToFine, ElasticTok, Patching, presets
+from elastictok.models import CoarseToFine, ElasticTok, Patching, RankRotary, presets
 from elastictok.quantizers import FSQ, LFQ, VQ, AbstractQuantizer, GaussianVAE, Residual
 
 SIZE = 16  # pixels: four patches, so four tokens to a block
@@ -23,7 +23,9 @@ def quantizers() -> dict[str, AbstractQuantizer]:
     }
 
 
-def tiny_model(quantizer: AbstractQuantizer | None = None, *, seed: int = 0) -> ElasticTok:
+def tiny_model(
+    quantizer: AbstractQuantizer | None = None, *, seed: int = 0, heads: int = 2
+) -> ElasticTok:
     """Width 16, one layer on each side."""
     return presets.build(
         size=(SIZE, SIZE),
@@ -36,8 +38,8 @@ def tiny_model(quantizer: AbstractQuantizer | None = None, *, seed: int = 0) -> 
         dim=16,
         hidden=16,
         layers=1,
-        heads=2,
-        theta=1e4,
+        heads=heads,
+        rotary=RankRotary(1e4),
         std=0.1,
         key=jax.random.key(seed),
     )

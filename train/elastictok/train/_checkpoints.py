@@ -6,13 +6,18 @@ too). A folder without one was cut off while being written; one that differs fro
 """
 
 import dataclasses
+import gc
 import hashlib
+import logging
 import os
 import shutil
+import sys
+import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -65,17 +70,18 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)
         )
-        try:
-            saved = self._manager.save(step, args=items, force=True)
-            self._manager.wait_until_finished()
-            if not saved:
+
+        def write() -> None:
+            if not self._manager.save(step, args=items, force=True):
                 raise OSError("Orbax skipped it")
+            self._manager.wait_until_finished()
             _seal(self._folder / str(step))
-        except Exception as error:  # Orbax and tensorstore raise many kinds, with pages of text
-            raise CheckpointError(
-                f"step {step} could not be saved in {self._folder}: {_short(error)}; earlier "
-                f"checkpoints are untouched: make room or permit writing, then resume"
-            ) from None
+
+        _attempt(
+            write,
+            f"step {step} could not be saved in {self._folder}",
+            "; earlier checkpoints are untouched: make room or permit writing, then resume",
+        )
 
     def newest(self) -> int | None:
         """The newest step whose files are what was written; None if there is no checkpoint.
@@ -123,11 +129,7 @@ class Checkpoints:
         """
         place = f"checkpoint {step} in {self._folder}"
         wanted = _arrays(like)
-        try:
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-            meta = cast(Any, meta)["meta"]
-        except Exception as error:
-            raise CheckpointError(f"{place} could not be read: {_short(error)}") from None
+        meta = self._read(step, "meta", ocp.args.JsonRestore())
         if meta["format"] != _FORMAT:
             raise CheckpointError(
                 f"{place} has format {meta['format']}, this library reads {_FORMAT}: use the "
@@ -139,16 +141,19 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
             for name, array in wanted.items()
         }
-        try:
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(template))
-            arrays = cast(Any, self._manager.restore(step, args=items))["state"]
-        except Exception as error:
-            raise CheckpointError(f"{place} could not be read: {_short(error)}") from None
+        arrays = self._read(step, "state", ocp.args.StandardRestore(template))
         return _with_arrays(like, arrays), meta["loop"]
 
     def close(self) -> None:
         """Ends Orbax's threads."""
         self._manager.close()
+
+    def _read(self, step: int, item: str, how: ocp.args.CheckpointArgs) -> Any:
+        items = _attempt(
+            lambda: self._manager.restore(step, args=ocp.args.Composite(**{item: how})),
+            f"checkpoint {step} in {self._folder} could not be read",
+        )
+        return cast(Any, items)[item]
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -164,6 +169,51 @@ def latest_step(run: str | os.PathLike[str]) -> int | None:
     """The newest step that a run folder has a complete checkpoint of (not verified), or None."""
     folder = Path(run) / "checkpoints"
     return max((s for s in _steps(folder) if (folder / str(s) / _SEAL).exists()), default=None)
+
+
+_Result = TypeVar("_Result")
+
+
+def _attempt(action: Callable[[], _Result], failure: str, advice: str = "") -> _Result:
+    """What `action` returns. Whatever it raises becomes a `CheckpointError` of one line.
+
+    Orbax logs a failure with pages of its insides and goes on in other threads, which complain
+    themselves, some of them not before the program ends. What matters of it is in our own error.
+    """
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        try:
+            return action()
+        except Exception as error:  # Orbax and tensorstore raise many kinds
+            reason = _short(error)
+        # Only here, where nothing refers to the error any more, can its coroutines be collected.
+        _settle()
+    finally:
+        logger.setLevel(level)
+    raise CheckpointError(f"{failure}: {reason}{advice}")
+
+
+def _settle() -> None:
+    """Waits for Orbax's threads after a failure; not for ever: some wait for one that failed.
+
+    From here on tensorstore may report to event loops that Orbax has closed, dozens of times.
+    """
+    deadline = time.monotonic() + 10
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            # Not their own join, which raises what the thread raised.
+            threading.Thread.join(thread, timeout=max(0.0, deadline - time.monotonic()))
+    gc.collect()
+
+    def hook(what: Any) -> None:
+        if str(what.exc_value) != "Event loop is closed":
+            before(what)
+
+    sys.unraisablehook = hook
 
 
 def _steps(folder: Path) -> list[int]:
