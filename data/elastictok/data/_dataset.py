@@ -15,6 +15,7 @@ from elastictok.data._crop import AbstractCrop, RandomCrop, WorkingSize
 from elastictok.data._document import DocumentMaker
 from elastictok.data._errors import MediaWarning
 from elastictok.data._find import find_media
+from elastictok.data._order import EpochOrder
 from elastictok.data._report import Damaged, Report, Skipped
 from elastictok.data._source import AbstractSource, ClipFiles, MemorySource, PictureFiles, Request
 from elastictok.data._types import Batch, Clip, Geometry
@@ -143,23 +144,27 @@ class PackedDataset:
         )
         streams = []
         for name, share, source in self._shares():
-            # Every kind and process draws numbers of its own.
-            entropy = [self.seed, ("pictures", "clips").index(name), self.shard[0]]
+            # Every kind draws numbers of its own, and so does every process. Orders are the same
+            # for all, since each has its own items.
+            kind = ("pictures", "clips").index(name)
             streams.append(
                 _pipeline.Stream(
+                    order=EpochOrder(len(source), self.shard, _seed(self.seed, kind)),
                     maker=DocumentMaker(source, self.geometry, request, self.crop),
-                    items=len(source),
                     share=share,
-                    seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
+                    seed=_seed(self.seed, kind, self.shard[0]),
                 )
             )
         return _pipeline.batches(
             streams,
             self.geometry,
             batch_size=self.batch_size,
-            shard=self.shard,
             workers=self.workers,
         )
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 class BatchIterator(Iterator[Batch]):

@@ -15,7 +15,11 @@ from absl import flags
 
 from elastictok.data._document import Document, DocumentMaker, Failure
 from elastictok.data._errors import MediaError
+from elastictok.data._order import EpochOrder
 from elastictok.data._types import Geometry
+
+# Grain counts positions in this range; no run comes near its end.
+_ENDLESS = 2**62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +28,14 @@ class Stream:
 
     **Arguments:**
 
-    - `maker`: makes a document of an index below `items`.
-    - `items`: how many there are.
+    - `order`: which items, one after the other.
+    - `maker`: makes a document of an item.
     - `share`: of all blocks, above 0.
-    - `seed`: of the order and of all that is drawn.
+    - `seed`: of what the maker draws.
     """
 
+    order: EpochOrder
     maker: DocumentMaker
-    items: int
     share: float
     seed: int
 
@@ -41,7 +45,6 @@ def batches(
     geometry: Geometry,
     *,
     batch_size: int,
-    shard: tuple[int, int],
     workers: int,
 ) -> grain.DatasetIterator:
     """An endless iterator of batches, made ahead of time by a thread or by worker processes.
@@ -51,20 +54,19 @@ def batches(
     drawn; `skipped`: (stream, index, reason) of each item that could not be used; `retired`: the
     streams that turned out to have no usable item at all.
     """
-    # Each source is sliced on its own and before shuffling: a slice of a mix would favour one
-    # kind in one process and the other in the next.
     parents = [
-        grain.MapDataset.range(stream.items)[shard[0] :: shard[1]]
-        .seed(stream.seed)
-        .shuffle()
-        .repeat()
-        .random_map(stream.maker)
+        grain.MapDataset.range(_ENDLESS)
+        .map(stream.order)
+        .random_map(stream.maker, seed=stream.seed)
         .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         for stream in streams
     ]
-    items = [len(range(stream.items)[shard[0] :: shard[1]]) for stream in streams]
     packed = _PackedDataset(
-        parents, items, tuple(stream.share for stream in streams), geometry, batch_size
+        parents,
+        [len(stream.order.items) for stream in streams],
+        [stream.share for stream in streams],
+        geometry,
+        batch_size,
     )
     if workers == 0:
         return iter(grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2))
