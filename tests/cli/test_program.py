@@ -108,7 +108,7 @@ def test_eval_writes_a_report_and_prints_its_table(run, media, tmp_path, run_pro
     report = (tmp_path / "eval" / "report.html").read_text()
     assert "PCA" in report
     assert "flatters" in report
-    numbers = json.loads((tmp_path / "eval" / "evaluation-pictures.json").read_text())
+    numbers = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
     assert numbers
 
 

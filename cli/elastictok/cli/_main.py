@@ -1,14 +1,13 @@
 """The shell: parse, run, and say what went wrong in one line."""
 
-import functools
-import operator
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
+import tyro.conf
+import tyro.extras
 
 from ._commands import COMMANDS
 
@@ -23,11 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Exits with 2 and one line on bad input; `ELASTICTOK_TRACEBACK=1` shows where it was found.
     """
-    command: Any = tyro.cli(
-        functools.reduce(
-            operator.or_,
-            (Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()),
-        ),
+    command: Any = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
         prog="elastictok",
         description=DESCRIPTION,
         args=arguments,

@@ -83,7 +83,7 @@ def publish(
     lead: str,
     notes: Sequence[str],
 ) -> None:
-    """Writes report.html, evaluation-NAME.json and videos of the kept clips; prints the tables.
+    """Writes report.html, evaluation.json and videos of the kept clips; prints the tables.
 
     **Arguments:**
 
@@ -105,7 +105,7 @@ def publish(
             videos[sample.item] = Video(path.read_bytes(), caption)
     report = build_report(evaluations, title=title, lead=lead, notes=notes, videos=videos)
     write_report(report, out / "report.html")
+    write_json(evaluations, out / "evaluation.json")
     for evaluation in evaluations:
-        write_json(evaluation, out / f"evaluation-{evaluation.name}.json")
         print(format_table(quality_table(evaluation)))
     sys.stdout.flush()

@@ -138,9 +138,9 @@ def training_clip(photos: list[np.ndarray], rng: np.random.Generator, *, frames:
     """A camera that holds, pans or zooms on a photograph, with a cut to another one and back."""
     first, other = (random_view(photos[i], rng) for i in rng.choice(len(photos), 2, replace=False))
     cut, back = np.sort(rng.choice(np.arange(4, frames - 3), 2, replace=False))
-    shots = []
+    shots, move = [], random_move(rng)
     for t in range(frames):
-        if t in (0, cut, back):
+        if t in (cut, back):
             move = random_move(rng)
         view = other if cut <= t < back else first
         shots.append(view.frame(CLIP_SIZE))

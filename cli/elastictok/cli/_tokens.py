@@ -44,15 +44,15 @@ def encode(command: Encode) -> None:
 
 
 def _strategy(command: Encode) -> AbstractStrategy:
-    if (command.threshold is None) == (command.length is None):
-        raise ValueError(
-            "give either --threshold (fewest tokens that meet a mean squared error, such as 0.02) "
-            "or --length (tokens of each block, such as 40)"
-        )
-    if command.length is not None:
+    if command.length is not None and command.threshold is None:
         return FixedLength(length=command.length)
-    search = Full if command.exhaustive else Binary
-    return search(MSE(command.threshold))
+    if command.threshold is not None and command.length is None:
+        search = Full if command.exhaustive else Binary
+        return search(MSE(command.threshold))
+    raise ValueError(
+        "give either --threshold (fewest tokens that meet a mean squared error, such as 0.02) or "
+        "--length (tokens of each block, such as 40)"
+    )
 
 
 def decode(command: Decode) -> None:
