@@ -32,20 +32,21 @@ class LFQStatistics(eqx.Module):
 
 @final
 class LFQ(AbstractDiscreteQuantizer):
-    """Lookup-free quantization (MAGVIT-v2, arXiv 2310.05737, section 3.1).
+    """Lookup-free quantization (MAGVIT-v2, Yu et al., arXiv 2310.05737).
 
     Each dimension goes to `-scale` or `+scale` by its sign (zero counts as positive), with a
-    straight-through gradient; the code is the sum of `2^i` over the positive dimensions (equation
-    3). The loss is the commitment loss `commitment * |z - q|^2` summed over kept tokens.
+    straight-through gradient; the code is the sum of `2^i` over the positive dimensions `i`. The
+    loss is the commitment loss `commitment * |z - q|^2` summed over kept tokens.
 
-    The entropy penalty (equation 4) is `batch_loss`: `entropy_weight * (mean entropy of a token's
-    code - diversity * entropy of the mean code)`, where a token chooses code `c` with probability
+    The entropy penalty is `batch_loss`: `entropy_weight * (mean entropy of a token's code -
+    diversity * entropy of the mean code)`, where a token chooses code `c` with probability
     `softmax(-|z - c|^2 / temperature)`. Those probabilities are a product over the bits, with
     `sigmoid(4 scale z_i / temperature)` for bit `i`, so the first term is a sum of `dim` binary
     entropies, exactly. For the second term the sum of the entropies of the `dim` mean bits is
     used. It is the entropy of the mean code where bits are independent over the batch and an
-    upper bound otherwise (the same step as in arXiv 2406.07548, section 3): it balances each bit,
-    and does not see correlations between bits. In exchange nothing of size `2^dim` ever exists.
+    upper bound otherwise (the same step as in binary spherical quantization, arXiv 2406.07548): it
+    balances each bit, and does not see correlations between bits. In exchange nothing of size
+    `2^dim` ever exists.
     """
 
     dim: int = eqx.field(static=True)

@@ -17,7 +17,7 @@ _MAX_ENUMERATED = 2**16
 
 @final
 class Residual(AbstractDiscreteQuantizer):
-    """Residual quantization (SoundStream, arXiv 2107.03312, section III-C): stage `i` quantizes
+    """Residual quantization (SoundStream, Zeghidour et al., arXiv 2107.03312): stage `i` quantizes
     what stages `0 .. i - 1` left, and the latents are the sum of all stages.
 
     The first stage is `inner`, the next is `inner.refined()`, and so on. Latents are bounded once,
@@ -26,7 +26,9 @@ class Residual(AbstractDiscreteQuantizer):
     stage are those of `inner` alone. How stages get finer is the inner quantizer's business:
 
     - [`FSQ`][]: the later stages are grids of as many levels as the first, each laid out over one
-      step of the stage before, centred. `n` stages of `L` levels are a grid of `L**n` points.
+      step of the stage before, centred. `n` stages of `L` levels are a grid of `L**n` points, and
+      no error is larger than half its spacing. (Dividing by `L - 1`, as other libraries do, makes
+      points of different codes coincide.)
     - [`LFQ`][]: each stage has half the scale of the one before. `n` stages are a grid of `2**n`
       points per dimension, from `-2` to `2` times the scale.
     - [`VQ`][]: each stage starts from the book of the one before at half its size, and follows its
