@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import warnings
 
 import numpy as np
@@ -34,6 +35,16 @@ def take(dataset, count):
 def equal(left, right):
     pairs = zip(left, right, strict=True)
     return all((a.pixels == b.pixels).all() and (a.valid == b.valid).all() for a, b in pairs)
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +242,6 @@ def test_other_files_cannot_be_resumed(folder, broken):
 
 
 def test_closing_ends_the_thread(folder):
-    import threading
-
     before = threading.active_count()
     batches = iter(load_folders(folder, GEOMETRY))
     next(batches)
@@ -240,6 +249,23 @@ def test_closing_ends_the_thread(folder):
     batches.close()
     assert threading.active_count() == before
     batches.close()
+    for use in (batches.get_state, batches.__next__):
+        with pytest.raises(ValueError, match="closed"):
+            use()
+
+
+@pytest.mark.parametrize("close", ["", "batches.close()", "del batches"])
+def test_a_program_ends_quietly(close, folder):
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "import elastictok.data as data\n"
+        f"dataset = data.load_folders({str(folder)!r}, data.Geometry((8, 8), 1))\n"
+        f"batches = iter(dataset)\nbatch = next(batches)\n{close}"
+    )
+    result = run(code, ELASTICTOK_TYPECHECK="0")
+    # Grain says this much where jax is not installed.
+    noise = [line for line in result.stderr.splitlines() if "jax profiler" not in line]
+    assert (result.returncode, result.stdout, noise) == (0, "", [])
 
 
 @pytest.mark.heavy
@@ -291,16 +317,6 @@ def test_reader_of_nothing_usable(broken):
         warnings.simplefilter("ignore", MediaWarning)
         with pytest.raises(MediaError, match="none of the 5 files"):
             list(MediaReader(broken))
-
-
-def run(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
 
 
 def test_importing_and_reading_bring_no_accelerator_library(folder):

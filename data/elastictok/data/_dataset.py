@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +179,10 @@ class BatchIterator(Iterator[Batch]):
     def __init__(self, dataset: PackedDataset):
         self._dataset = dataset
         self._sources = dataset._shares()
-        self._batches = dataset._open()
+        # Closed at the latest when the interpreter begins to end. Grain closes its iterators later
+        # than that, when half of what it needs for it is gone, and prints exceptions.
+        self._stream = _Stream(dataset._open())
+        self._end = weakref.finalize(self, self._stream.close)
         self._used = [bytearray(len(source)) for _, _, source in self._sources]
         self._documents = 0
         self._tail_frames = 0
@@ -196,7 +200,7 @@ class BatchIterator(Iterator[Batch]):
 
         **Raises:** `MediaError` if no file at all can be used.
         """
-        element = next(self._batches)
+        element = next(self._stream.open())
         news = self._record(element)
         # Copies, because those of a worker lie in memory that it shares, which must not outlive it.
         shared = self._dataset.workers > 0
@@ -253,7 +257,7 @@ class BatchIterator(Iterator[Batch]):
         return {
             "version": _STATE_VERSION,
             "settings": self._settings,
-            "stream": self._batches.get_state(),
+            "stream": self._stream.open().get_state(),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -275,11 +279,28 @@ class BatchIterator(Iterator[Batch]):
                 + "; ".join(_difference(name, theirs.get(name), self._settings) for name in differ)
                 + ". Resume with the same, or start anew without the state"
             )
-        self._batches.set_state(state["stream"])
+        self._stream.open().set_state(state["stream"])
 
     def close(self) -> None:
         """Ends the thread or the worker processes. The iterator cannot be used any more."""
-        self._batches.close()
+        self._end()
+
+
+class _Stream:
+    """A Grain iterator that is let go of when it is closed."""
+
+    def __init__(self, batches: "grain.DatasetIterator"):
+        self._batches: grain.DatasetIterator | None = batches
+
+    def open(self) -> "grain.DatasetIterator":
+        if self._batches is None:
+            raise ValueError("this iterator was closed; make another one and give it the state")
+        return self._batches
+
+    def close(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
 
 def _difference(name: str, theirs: object, ours: dict[str, Any]) -> str:
