@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_training import tiny_model
 
 from elastictok.models import trainable
-from elastictok.train import Constant, Cosine, adamw, muon, stacked_matrices
+from elastictok.train import Constant, Cosine, adamw, matrices, muon
 
 
 @given(warmup=st.integers(0, 50), extra=st.integers(1, 200), final=st.floats(0, 1))
@@ -105,20 +105,21 @@ def test_muon_gives_everything_else_to_adam():
         np.testing.assert_allclose(run(ours, params, gradients)[name], array, rtol=1e-6)
 
 
-def test_muon_takes_exactly_the_matrices_of_the_layers():
+def test_muon_takes_exactly_the_matrices():
     model = tiny_model()
     params = eqx.filter(model, trainable(model))
     chosen = jax.tree_util.tree_flatten_with_path(
-        stacked_matrices(params),
+        matrices(params),
         is_leaf=lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers),
     )[0]
     names = {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in chosen}
     parts = ["attention.query", "attention.key", "attention.value", "attention.out"]
     parts += ["feed_forward.gate", "feed_forward.up", "feed_forward.down"]
+    layers = [f"transformer.layers.{part}" for part in parts]
     assert names == {
-        f"{side}.transformer.layers.{part}.weight"
+        f"{side}.{part}.weight"
         for side in ("encoder", "decoder")
-        for part in parts
+        for part in [*layers, "in_proj", "out_proj"]
     }
 
 

@@ -50,9 +50,9 @@ class Train:
     batch_size: int = 8
     """Sequences per step; a sequence has as many blocks as the model's context."""
     learning_rate: float | None = None
-    """Peak learning rate: of Muon for the layers' matrices (default 0.02), or of AdamW (1e-3)."""
+    """Peak learning rate: of Muon for the matrices (default 0.02), or of AdamW (1e-3)."""
     optimizer: Literal["muon", "adamw"] = "muon"
-    """Muon for the layers' matrices and Adam for the rest, or AdamW for all."""
+    """Muon for the matrices and Adam for the rest, or AdamW for all."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Of the learning rate, after the warm-up."""
     warmup: int | None = None

@@ -18,7 +18,7 @@ from ._errors import (
 )
 from ._fit import default_optimizer, default_quantizer_weight, fit
 from ._losses import L1, MSE, AbstractLoss, mean_over_valid
-from ._optimizers import Constant, Cosine, adamw, muon, stacked_matrices
+from ._optimizers import Constant, Cosine, adamw, matrices, muon
 from ._step import DeviceBatch, TrainState, init_state, train_step
 from ._trackers import AbstractTracker, TensorBoard, WeightsAndBiases
 
@@ -46,8 +46,8 @@ __all__ = [
     "fit",
     "init_state",
     "latest_step",
+    "matrices",
     "mean_over_valid",
     "muon",
-    "stacked_matrices",
     "train_step",
 ]
