@@ -18,7 +18,7 @@ class Grey(ElasticCodec):
     frames_per_block = 2
     context = 3
     min_tokens = 2
-    values = Codes(256)
+    kind = Codes(256)
     bits_per_token = 8.0
     fingerprint = "9e57" * 16
 
@@ -53,7 +53,7 @@ class Grey(ElasticCodec):
 class Float(Grey):
     """The same with tokens that are not quantized."""
 
-    values = Latents(1)
+    kind = Latents(1)
     bits_per_token = None
     fingerprint = "f10a" * 16
 

@@ -175,6 +175,14 @@ def test_equal_bits_is_never_more_than_a_token_and_almost_a_token(patch, codes):
         assert coder.bits(2 * patch.frames, 32, 27) == pytest.approx(32 * math.log2(symbols))
 
 
+def test_large_budgets_are_kept_too():
+    # Several streams of codes: far more states than the allocation can carry exactly.
+    small = Patch(1, 4, 4)
+    coder = fit_block_dct(photographs(8, 32, 32), bits=48, patch=small)
+    assert 47 < coder.bits_per_patch <= 48
+    assert math.prod(len(q.values) for q in coder.quantisers) <= 2**48
+
+
 def test_what_is_reproduced_takes_no_more_symbols_than_are_paid_for():
     training = photographs(12, 32, 32)
     bits = 5

@@ -37,7 +37,7 @@ from elastictok.eval import (
     write_json,
 )
 from elastictok.inference import MSE, Binary, Block, FixedLength, Full, Tokenizer
-from elastictok.models import CoarseToFine, Patching, presets
+from elastictok.models import presets
 from elastictok.quantizers import FSQ
 
 
@@ -229,7 +229,7 @@ def test_latents_have_no_bits(unquantised, flat):
     (row,) = found.rows
     assert row.bits_per_pixel is row.bpp16 is row.usage is None
     assert row.tokens == 4
-    summary = json.loads(to_json(found))["rows"][0]["summary"]
+    summary = json.loads(to_json([found]))["evaluations"][0]["rows"][0]["summary"]
     assert summary["bits_per_pixel"] is None
 
 
@@ -285,7 +285,7 @@ def test_json_is_strict_and_complete(grey, flat, tmp_path):
     items = [Item("a", flat(120)), Item("b", flat(60, 60, 10))]
     settings = (*length_settings([4, 9]), *threshold_settings([MSE(0.1)]))
     found = evaluate(tokenizer(grey), items, settings=settings, baselines=(ImageMean(),), keep=2)
-    path = write_json(found, tmp_path / "new" / "evaluation.json")
+    path = write_json([found, found], tmp_path / "new" / "evaluation.json")
     assert [p.name for p in path.parent.iterdir()] == ["evaluation.json"]
 
     def refuse(word):
@@ -294,6 +294,8 @@ def test_json_is_strict_and_complete(grey, flat, tmp_path):
     facts = json.loads(path.read_text("utf-8"), parse_constant=refuse)
     assert facts["format"] == "elastictok-evaluation"
     assert facts["version"] == 1
+    facts, again = facts["evaluations"]
+    assert facts == again
     assert facts["fingerprint"] == grey.fingerprint
     assert [row["name"] for row in facts["rows"]] == [row.name for row in found.rows]
     for row, summed in zip(found.rows, facts["rows"], strict=True):
@@ -351,27 +353,13 @@ def test_tables_say_what_was_found(grey, flat):
 
 
 def test_a_random_model_end_to_end():
-    model = presets.build(
-        size=(16, 16),
-        context=2,
-        frames_per_block=2,
-        min_tokens=1,
-        patching=Patching(2, 8, 8),
-        order=CoarseToFine(),
-        quantizer=FSQ((4, 4, 4)),
-        dim=16,
-        hidden=16,
-        layers=1,
-        heads=2,
-        theta=1e4,
-        key=jax.random.key(0),
-    )
+    model = presets.demo(key=jax.random.key(0), quantizer=FSQ((4, 4, 4)))
     rng = np.random.default_rng(0)
     items = [
         Item("picture", rng.integers(0, 256, (1, 20, 16, 3), dtype=np.uint8)),
         Item("clip", rng.integers(0, 256, (5, 16, 20, 4), dtype=np.uint8), fps=4, cuts=(2,)),
     ]
-    tok = Tokenizer(model, Binary(MSE(0.5)))
+    tok = Tokenizer(model, Binary(MSE(0.5)), native=True)
     found = evaluate(
         tok,
         items,
@@ -381,11 +369,12 @@ def test_a_random_model_end_to_end():
     )
     half, everything, never, always, _ = found.rows
     # 16x20 pixels are padded to 16x24: 2 x 3 patches of 8x8.
-    assert half.lengths == (3,) * 4
+    # Half of them is below the fewest that the model allows.
+    assert half.lengths == (4,) * 4
     assert everything.lengths == (6,) * 4
     assert never.lengths == everything.lengths
     assert (never.blocks_met, always.blocks_met) == (0, 1)
-    assert always.lengths == (1,) * 4
+    assert always.lengths == (4,) * 4
     clip = found.samples[1]
     assert clip.cuts == (2,)
     for row, each in zip(found.rows, clip.reconstructions, strict=True):
@@ -398,6 +387,6 @@ def test_a_random_model_end_to_end():
         assert measured.block_mse == pytest.approx(measured.spent.losses)
         np.testing.assert_array_equal(tok.decode(each.tokens), each.frames)
         assert measured.bits == each.tokens.bits
-    # Three blocks of 6 tokens of 64 codes; a length of 1..6 takes 3 bits.
-    assert everything.measurements[1].bits == pytest.approx(3 * (6 * math.log2(64) + 3))
-    assert json.loads(to_json(found))["rows"]
+    # Three blocks of 6 tokens of 64 codes; a length of 4..6 takes 2 bits.
+    assert everything.measurements[1].bits == pytest.approx(3 * (6 * math.log2(64) + 2))
+    assert json.loads(to_json([found]))["evaluations"][0]["rows"]

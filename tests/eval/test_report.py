@@ -338,7 +338,7 @@ def test_a_report_of_evaluations(grey, flat):
     settings = (*length_settings([2, 9, 5]), *threshold_settings([MSE(0.1), MSE(0.3)]))
     pictures = evaluate(
         tokenizer,
-        [Item(NASTY, flat(120)), Item("second", flat(60))],
+        [Item(NASTY, flat(120)), Item(NASTY, flat(60))],
         settings=settings,
         baselines=(ImageMean(),),
         name="Pictures",
@@ -367,6 +367,8 @@ def test_a_report_of_evaluations(grey, flat):
         "MSE ≤ 0.3: 6 tokens",
         "image mean",
     ]
+    # Of the item that is shown, not of another one of the same name.
+    assert shown.shots[1].details == ("MSE 0.3937", "10.1 dB, 0.3 bpp")
     first, second = report.clips
     assert first.lengths == (8, 2, 2)
     assert first.met == (True, True, True)

@@ -284,7 +284,7 @@ def evaluate(
             if progress is not None:
                 progress()
         if index < keep:
-            samples.append(Sample(item.name, item.fps, item.cuts, truth, tuple(kept)))
+            samples.append(Sample(index, item.name, item.fps, item.cuts, truth, tuple(kept)))
     return Evaluation(
         name=name,
         device=describe_device(),

@@ -330,11 +330,13 @@ class Sample:
 
     **Fields:**
 
+    - `index`: of the item among those that were evaluated.
     - `item`: its name; `fps` and `cuts` as they were given.
     - `truth`: the frames as the tokenizer sees them, which is what reconstructions are compared to.
     - `reconstructions`: one for each row of the evaluation, in their order.
     """
 
+    index: int
     item: str
     fps: float | int | None
     cuts: tuple[int, ...]
@@ -451,36 +453,43 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def to_json(evaluation: Evaluation) -> str:
-    """The evaluation as JSON: every row summed up and item by item.
+def _row_facts(row: Row) -> dict[str, Any]:
+    measurements = [
+        {
+            **_plain(m),
+            "bits_per_pixel": m.bits_per_pixel,
+            "bpp16": m.bpp16,
+            "psnr_per_clip": _plain(psnr(m.mse)),
+        }
+        for m in row.measurements
+    ]
+    return {
+        **{name: _plain(getattr(row, name)) for name in _FACTS},
+        "summary": {name: _plain(getattr(row, name)) for name in _SUMMED},
+        "usage": _plain(row.usage),
+        "measurements": measurements,
+    }
+
+
+def to_json(evaluations: Sequence[Evaluation]) -> str:
+    """Evaluations as JSON: every row summed up and item by item.
 
     A PSNR is null where it is infinite (its MSE is 0); every other null is a number that does not
     apply.
     """
-    rows = [
+    found = [
         {
-            **{name: _plain(getattr(row, name)) for name in _FACTS},
-            "summary": {name: _plain(getattr(row, name)) for name in _SUMMED},
-            "usage": _plain(row.usage),
-            "measurements": [
-                {
-                    **_plain(m),
-                    "bits_per_pixel": m.bits_per_pixel,
-                    "bpp16": m.bpp16,
-                    "psnr_per_clip": _plain(psnr(m.mse)),
-                }
-                for m in row.measurements
-            ],
+            **{name: getattr(evaluation, name) for name in ("name", "device", "fingerprint")},
+            "rows": [_row_facts(row) for row in evaluation.rows],
         }
-        for row in evaluation.rows
+        for evaluation in evaluations
     ]
-    head = {"format": FORMAT, "version": VERSION}
-    facts = {name: getattr(evaluation, name) for name in ("name", "device", "fingerprint")}
-    return json.dumps({**head, **facts, "rows": rows}, indent=1, allow_nan=False) + "\n"
+    facts = {"format": FORMAT, "version": VERSION, "evaluations": found}
+    return json.dumps(facts, indent=1, allow_nan=False) + "\n"
 
 
-def write_json(evaluation: Evaluation, path: str | os.PathLike[str]) -> Path:
+def write_json(evaluations: Sequence[Evaluation], path: str | os.PathLike[str]) -> Path:
     """Writes `to_json` to a file, atomically; folders are made as needed."""
     target = Path(path)
-    write_atomic(target, to_json(evaluation))
+    write_atomic(target, to_json(evaluations))
     return target

@@ -96,16 +96,17 @@ def fit_quantisers(numbers: Float[np.ndarray, "numbers"], largest: int) -> list[
     """
     cells = _Cells(numbers)
     values = np.array([numbers.mean()])
-    fitted = []
-    for count in COUNTS:
+    fitted = [Quantiser(values, float(numbers.var()))]
+    for count in COUNTS[1:]:
         if count > largest:
             break
-        while len(values) < count:
-            grown = _split(cells, values, min(count, 2 * len(values)))
-            if len(grown) == len(values):
-                # As many values as distinct numbers: nothing is left to split.
-                return fitted
-            values = _lloyd(cells, grown)
+        grown = _split(cells, values, min(count, 2 * len(values)))
+        if len(grown) == len(values):
+            # As many values as distinct numbers: nothing is left to split.
+            break
+        # Lloyd's iteration may leave a cell empty and drop it: the quantiser is then a little
+        # smaller than asked for, and so are its bits.
+        values = _lloyd(cells, grown)
         fitted.append(Quantiser(values, float(cells.errors(values).sum() / len(numbers))))
     return fitted
 

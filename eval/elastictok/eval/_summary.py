@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ._charts import Chart, Level, Line
+from ._metrics import psnr
 from ._report import ClipSection, PictureSection, Report, Shot, Video
 from ._results import (
     Evaluation,
@@ -183,10 +184,10 @@ def charts(evaluation: Evaluation) -> tuple[Chart, ...]:
 
 
 def _details(sample: Sample, row: Row) -> tuple[str, ...]:
-    (measured,) = [m for m in row.measurements if m.item == sample.item]
+    measured = row.measurements[sample.index]
     bits = measured.bits_per_pixel
     rate = "floats" if bits is None else f"{bits:.2g} bpp"
-    return f"MSE {measured.mse:.4f}", rate
+    return f"MSE {measured.mse:.4f}", f"{psnr(measured.mse):.1f} dB, {rate}"
 
 
 def _shot(evaluation: Evaluation, sample: Sample, reconstruction: Reconstruction) -> Shot:
@@ -215,9 +216,8 @@ def clip_section(
     evaluation: Evaluation, sample: Sample, row: Row, video: Video | None = None
 ) -> ClipSection:
     """A kept clip at one setting."""
-    (index,) = [i for i, m in enumerate(row.measurements) if m.item == sample.item]
     (shown,) = [each for each in sample.reconstructions if each.row == row.name]
-    measured = row.measurements[index]
+    measured = row.measurements[sample.index]
     spent = measured.spent
     if spent is None:
         raise ValueError(f"{row.name!r} is a baseline: it has no blocks to show")
