@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from elastictok.data import MediaError, read_media, write_clip
+from elastictok.data import MediaError, _clip, read_media, write_clip
 from elastictok.data._clip import probe_clip, read_clip, read_stretch, shown
 from elastictok.data._crop import WorkingSize
 
@@ -118,7 +118,7 @@ def test_whole_ratios_take_every_nth_frame(rate, fps, every, suffix, tmp_path, m
 
 @given(
     frames=st.integers(1, 40),
-    rate=st.sampled_from([1, 7.5, 10, 23.976, 24, 25, 60]),
+    rate=st.sampled_from([1, 7.5, 10, 23.976, 24, 25, 60, 500]),
     fps=st.sampled_from([0.4, 1, 3.3, 8, 10, 24, 60, 120]),
 )
 def test_frames_in_memory_are_resampled_by_the_same_rule(frames, rate, fps):
@@ -166,8 +166,6 @@ def test_stretches_in_every_container(suffix, tmp_path, make):
 
 
 def test_a_stretch_decodes_from_the_key_frame_only(long_clip, monkeypatch):
-    from elastictok.data import _clip
-
     decoded = []
     original = _clip._Reel._decoded
 
@@ -181,6 +179,20 @@ def test_a_stretch_decodes_from_the_key_frame_only(long_clip, monkeypatch):
     decoded.clear()
     read_stretch(long_clip, probe, rate=24.0, start=22, count=2)
     assert len(decoded) <= 10
+
+
+@pytest.mark.parametrize("too_far", [0.5, 1000.0, None])
+def test_an_index_that_leads_nowhere_is_not_believed(too_far, long_clip, monkeypatch):
+    seek = _clip._Reel.seek
+
+    def misled(self, time):
+        return too_far is not None and seek(self, time + too_far)
+
+    probe = probe_clip(long_clip)
+    expected = read_clip(long_clip, fps=24).frames[7:10]
+    monkeypatch.setattr(_clip._Reel, "seek", misled)
+    frames = read_stretch(long_clip, probe, rate=24.0, start=7, count=3)
+    assert (frames == expected).all()
 
 
 def test_stretches_past_the_end_of_what_is_there(tmp_path, make):
@@ -232,6 +244,9 @@ def test_odd_sizes(size, suffix, tmp_path, make):
     assert make.numbers(clip.frames) == list(range(5))
     even = tuple(side + side % 2 for side in size)
     assert clip.frames.shape[1:3] == (even if suffix == "mp4" else size)
+    # What is added looks like what is beside it.
+    assert np.abs(clip.frames[:, -1].mean((1, 2)) - make.numbered(5)[:, 0, 0, 0]).max() < 6
+    assert np.abs(clip.frames[:, :, -1].mean((1, 2)) - make.numbered(5)[:, 0, 0, 0]).max() < 6
 
 
 @pytest.mark.parametrize("matrix", ["ITU709", "ITU601"])
@@ -401,8 +416,17 @@ def test_limits(tmp_path, make):
         read_media(path, max_bytes=exact - 1)
     assert len(read_media(path, max_bytes=exact - 1, fps=5).frames) == 5
     assert len(read_media(path, max_bytes=exact - 1, max_frames=9).frames) == 9
-    with pytest.raises(MediaError, match=r"48 x 32 pixels.*limit of 1535.*max_pixels"):
+    message = r"48 x 32 pixels.*limit of 1535.*max_pixels"
+    with pytest.raises(MediaError, match=message):
         read_media(path, max_pixels=32 * 48 - 1)
+
+
+def test_a_header_that_is_too_large_is_refused_before_decoding(tmp_path, make, monkeypatch):
+    path = tmp_path / "a.mp4"
+    write_clip(path, make.numbered(10), 10)
+    monkeypatch.setattr(_clip._Reel, "frames", lambda self: pytest.fail("this decodes"))
+    with pytest.raises(MediaError, match="max_pixels"):
+        read_media(path, max_pixels=100)
 
 
 def test_a_gap_of_years_is_refused_not_filled(tmp_path, make):

@@ -282,10 +282,15 @@ def test_reading_small_is_like_reading_and_scaling_down(suffix, tmp_path):
     rows, columns = np.mgrid[:300, :420]
     wave = 127 + 90 * np.sin(rows / 23) * np.cos(columns / 31)
     pixels = np.stack([wave, wave[::-1], 255 - wave], -1).astype(np.uint8)
-    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
+    options = {"quality": 98, "subsampling": 0} if suffix == "jpg" else {}
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", **options)
     small = read_picture(tmp_path / f"a.{suffix}", working=WorkingSize((30, 30), 1.0))
     assert small.shape == (30, 42, 3)
     means = pixels.reshape(30, 10, 42, 10, 3).mean((1, 3))
     assert np.abs(small - means).mean() < 2
+    half = read_picture(tmp_path / f"a.{suffix}", working=WorkingSize((150, 150), 1.0))
+    assert half.shape == (150, 210, 3)
+    means = pixels.reshape(150, 2, 210, 2, 3).mean((1, 3))
+    assert np.abs(half - means).mean() < 1
     kept = read_picture(tmp_path / f"a.{suffix}", working=WorkingSize((300, 300), 1.0))
     assert kept.shape == (300, 420, 3)

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 
 from elastictok.data._cache import Cache
 from elastictok.data._clip import Probe, probe_clip, read_clip, read_stretch, shown
-from elastictok.data._crop import WorkingSize
+from elastictok.data._crop import WorkingSize, resize
 from elastictok.data._errors import MediaError
 from elastictok.data._picture import read_picture
 from elastictok.data._types import Clip
@@ -126,7 +126,8 @@ class _LongClip(AbstractItem):
 
 
 class MemorySource(AbstractSource):
-    """Pictures or clips in memory, used as they are: nothing is scaled down beforehand.
+    """Pictures or clips in memory. At first use of each, a copy no larger than the crops can use
+    is made and kept.
 
     **Arguments:**
 
@@ -135,6 +136,7 @@ class MemorySource(AbstractSource):
 
     def __init__(self, clips: Sequence[Clip]):
         self._clips = tuple(clips)
+        self._small: dict[tuple[int, WorkingSize], np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self._clips)
@@ -152,10 +154,22 @@ class MemorySource(AbstractSource):
 
     def item(self, index: int, request: Request) -> AbstractItem:
         clip = self._clips[index]
-        frames = len(clip.frames)
-        if clip.fps is None or request.fps is None:
-            return _Frames(clip.frames, np.arange(frames), clip.missing)
-        return _Frames(clip.frames, shown(frames, clip.fps, request.fps), clip.missing)
+        stored = self._stored(index, request.working)
+        order = np.arange(len(stored))
+        if clip.fps is not None and request.fps is not None:
+            order = shown(len(stored), clip.fps, request.fps)
+        return _Frames(stored, order, clip.missing)
+
+    def _stored(
+        self, index: int, working: WorkingSize
+    ) -> UInt8[np.ndarray, "frames height width 3"]:
+        frames = self._clips[index].frames
+        size = working(*frames.shape[1:3])
+        if size == frames.shape[1:3]:
+            return frames
+        if (index, working) not in self._small:
+            self._small[index, working] = np.stack([resize(frame, size) for frame in frames])
+        return self._small[index, working]
 
 
 class PictureFiles(AbstractSource):
