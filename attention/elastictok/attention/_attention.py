@@ -22,8 +22,8 @@ def attention(
     """Masked scaled dot-product attention of one example; batch with `jax.vmap`.
 
     Scores, softmax and sums are float32 for bfloat16, float16 and float32 inputs. A query that sees
-    no key gives 0, with gradient 0. Reverse-mode gradients of every backend; forward mode and second
-    derivatives only of `"reference"`.
+    no key gives 0, with gradient 0. Every backend has a reverse-mode gradient; forward mode and
+    second derivatives are `"reference"`'s alone.
 
     **Arguments:**
 
@@ -31,8 +31,8 @@ def attention(
     - `k`, `v`: keys and values. `kv_heads` divides `heads`; each key head serves as many
       neighbouring query heads (grouped-query attention, arXiv 2305.13245).
     - `mask`: which keys each query sees, such as `BlockCausal(512) & Segments(ids)`.
-    - `implementation`: the name of a backend (see `backends`), or a backend. Default: the first that
-      can run this call.
+    - `implementation`: the name of a backend (see `backends`), or a backend. Default: the first
+      that can run this call.
     - `scale`: what the scores are multiplied by. Default: `head_dim ** -0.5`.
 
     **Returns:**

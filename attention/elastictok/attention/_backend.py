@@ -15,8 +15,8 @@ Shaped = Array | jax.ShapeDtypeStruct
 class AbstractBackend(eqx.Module):
     """One way to compute attention.
 
-    A small final object without arrays. `register` makes it known by its name; `attention` also takes
-    the object itself.
+    A small final object without arrays. `register` makes it known by its name; `attention` also
+    takes the object itself.
     """
 
     name: eqx.AbstractVar[str]

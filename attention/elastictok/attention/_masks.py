@@ -2,8 +2,8 @@
 
 A mask says three things, each linear in the length of the sequence:
 
-- what is known of each query and of each key (`of_queries`, `of_keys`), and whether a query of which
-  this is known sees a key of which that is known (`sees`): the exact predicate;
+- what is known of each query and of each key (`of_queries`, `of_keys`), and whether a query of
+  which this is known sees a key of which that is known (`sees`): the exact predicate;
 - between which keys a tile of queries can see anything at all (`key_bounds`), which lets a kernel
   skip the rest: conservative, so it may name too many keys but never too few;
 - the dense picture (`dense`), written independently of the above, as the oracle for both.
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
@@ -31,8 +32,8 @@ _PAIRS_AT_ONCE = 2**24
 class AbstractMask(eqx.Module):
     """Which keys each query sees. Combine masks with `&`.
 
-    Everything that is not an array or a number must be a static field. A new mask implements the six
-    abstract methods below; the property suite in `tests/attention` is parametrised over masks.
+    Everything that is not an array or a number must be a static field. A new mask implements the
+    six abstract methods below; `tests/attention` has one suite for all masks.
     """
 
     @abc.abstractmethod
@@ -55,8 +56,9 @@ class AbstractMask(eqx.Module):
     def sees(self, query: PyTree[Array], key: PyTree[Array]) -> Bool[Array, "..."]:
         """Whether a query of which `query` is known sees a key of which `key` is known.
 
-        Elementwise with broadcasting and nothing else, because a kernel calls it on the facts of one
-        tile. The result may be smaller than the tile if it broadcasts to it.
+        Elementwise with broadcasting, and from the facts alone, because a kernel calls it on the
+        facts of one tile: it may use the mask's static fields but not its arrays. The result may be
+        smaller than the tile if it broadcasts to it.
         """
 
     @abc.abstractmethod
@@ -99,7 +101,8 @@ class AbstractMask(eqx.Module):
         for start, strip in _strips(self, queries, keys):
             for row, line in enumerate(np.add.reduceat(strip, columns, axis=1, dtype=np.int64)):
                 seen[(start + row) // cell] += line
-        size = np.diff([*range(0, queries, cell), queries])[:, None] * np.diff([*columns, keys])
+        rows = np.arange(0, queries, cell)
+        size = np.diff(rows, append=queries)[:, None] * np.diff(columns, append=keys)
         symbols = np.where(seen == size, "#", np.where(seen > 0, "+", "."))
         return "\n".join("".join(line) for line in symbols)
 
@@ -354,7 +357,9 @@ class And(AbstractMask):
     masks: tuple[AbstractMask, ...]
 
     def __check_init__(self) -> None:
-        offsets = [(part, part.offset) for part in self.masks if isinstance(part, AbstractPositional)]
+        offsets = [
+            (part, part.offset) for part in self.masks if isinstance(part, AbstractPositional)
+        ]
         known = [(part, int(at)) for part, at in offsets if not isinstance(at, jax.core.Tracer)]
         for part, at in known[1:]:
             if at != known[0][1]:

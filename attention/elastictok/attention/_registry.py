@@ -13,9 +13,7 @@ from elastictok.attention._xla import XLA
 
 # In the order in which the default tries them. A new backend of this package: its own file, and one
 # entry here, before those that it should be preferred to.
-_BACKENDS: dict[str, AbstractBackend] = {
-    backend.name: backend for backend in (XLA(), Reference())
-}
+_BACKENDS: dict[str, AbstractBackend] = {backend.name: backend for backend in (XLA(), Reference())}
 _SAID: set[tuple[str, ...]] = set()
 
 
@@ -52,7 +50,11 @@ def backends() -> dict[str, list[str]]:
 
 
 def choose(
-    implementation: str | AbstractBackend | None, q: Shaped, k: Shaped, v: Shaped, mask: AbstractMask
+    implementation: str | AbstractBackend | None,
+    q: Shaped,
+    k: Shaped,
+    v: Shaped,
+    mask: AbstractMask,
 ) -> AbstractBackend:
     """The backend that runs this call."""
     if implementation is None:
@@ -81,7 +83,7 @@ def _default(q: Shaped, k: Shaped, v: Shaped, mask: AbstractMask) -> AbstractBac
 
 
 def _say_once(refused: dict[str, list[str]], chosen: str) -> None:
-    """A backend that cannot run on this machine at all is no news; one that refuses this call is."""
+    """That a backend cannot run on this machine is no news; that it refuses this call is."""
     news = {name: why for name, why in refused.items() if not _reasons_here(_BACKENDS[name])}
     message = (chosen, *(f"{name}: {reason}" for name, why in news.items() for reason in why))
     if news and message not in _SAID:

@@ -1,9 +1,9 @@
 """Attention in plain XLA that runs anywhere: an online softmax over the visible tiles only.
 
-The scores are computed tile by tile and never kept (arXiv 1805.02867, 2205.14135): forward returns
-the output and each row's log-sum-exp, backward recomputes a tile from them. For each tile of queries
+The scores are computed tile by tile and never kept (arXiv 1805.02867, 2205.14135): forward saves
+the output and two numbers per row, backward recomputes a tile from them. For each tile of queries
 the mask says between which keys anything is visible; a loop with a dynamic trip count runs over the
-tiles of keys in between, so what is masked costs nothing and a new mask does not recompile.
+tiles of keys in between, so what is masked costs little and a new mask does not recompile.
 
 Inside, every array has a leading batch axis. `jax.vmap` grows that axis instead of batching the
 loops, which would run every example as long as the longest and turn slices into gathers.
@@ -11,7 +11,7 @@ loops, which would run every example as long as the longest and turn slices into
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -23,9 +23,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from elastictok.attention._backend import AbstractBackend, Shaped, unsupported_types
 from elastictok.attention._masks import AbstractMask
 
-
-# The score of what is not visible. Finite, so that no difference of scores is NaN: beside any visible
-# score its weight is 0, and a row with nothing else is recognised by its peak and gets a share of 0.
+# The score of what is not visible. Finite, so that no difference of scores is NaN: beside any
+# visible score its weight is 0, and a row with nothing else is known by its peak: its share is 0.
 _UNSEEN = -1e38
 
 
@@ -38,8 +37,8 @@ class TileSizes:
     **Arguments:**
 
     - `queries`, `keys`: tokens per tile.
-    - `scores`: scores held at once, over the tile, the heads and the batch. Where they would be more,
-      the query tiles shrink, but not below 64.
+    - `scores`: scores held at once, over the tile, the heads and the batch. Where they would be
+      more, the query tiles shrink, but not below 64.
     """
 
     queries: int = 512
@@ -96,7 +95,7 @@ def _run(how: _How, q: Array, k: Array, v: Array, leaves: tuple[Array, ...]) -> 
     # float16 has too few exponents for what the gradient is made of; bfloat16 has those of float32.
     dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.bfloat16)
     grouped = q.astype(dtype).reshape(tokens, kv_heads, heads // kv_heads, head_dim)
-    out = _attend(how, grouped, k.astype(dtype), v.astype(dtype), leaves)
+    out: Array = _attend(how, grouped, k.astype(dtype), v.astype(dtype), leaves)
     return out.reshape(tokens, heads, head_dim).astype(q.dtype)
 
 
@@ -128,8 +127,8 @@ def _over_a_batch(
 ) -> Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Array, ...]]:
     """Makes a kernel with a batch axis take one example, and `jax.vmap` grow that axis.
 
-    The kernel's first arguments have a leading axis of the batch's size; the mask's leaves too, or of
-    size 1 where the whole batch shares them.
+    The kernel's first arguments have a leading axis of the batch's size; the mask's leaves too, or
+    of size 1 where the whole batch shares them.
     """
 
     @jax.custom_batching.custom_vmap
@@ -139,7 +138,7 @@ def _over_a_batch(
     @batched.def_vmap
     def _(
         size: int,
-        is_batched: tuple[tuple[bool, ...], tuple[bool, ...]],
+        is_batched: Sequence[Sequence[bool]],
         arrays: tuple[Array, ...],
         leaves: tuple[Array, ...],
     ) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
@@ -203,8 +202,8 @@ class _Facts(NamedTuple):
     first: Int[Array, "q_tiles"]  # tiles of keys to visit, for each tile of queries
     last: Int[Array, "q_tiles"]
 
-    def tile(self, of_queries: PyTree[Array], start: Array, j: Array, plan: _Plan) -> Array:
-        """Which pairs of a tile are visible, to broadcast to [batch, heads, group, queries, keys]."""
+    def tile(self, of_queries: PyTree[Array], start: Array, j: Array | int, plan: _Plan) -> Array:
+        """Which pairs of a tile are visible: broadcasts to [batch heads group queries keys]."""
         of_keys = jax.tree.map(
             lambda x: lax.dynamic_slice_in_dim(x, start, plan.k_tile, 1)[:, None, :], self.of_keys
         )
@@ -288,7 +287,9 @@ def _forward(
         else:
             rows = (batch, kv_heads, group * plan.q_tile)
             nothing = _Softmax(
-                jnp.full(rows, _UNSEEN), jnp.zeros(rows), jnp.zeros((*rows, head_dim))
+                jnp.full(rows, _UNSEEN, jnp.float32),
+                jnp.zeros(rows, jnp.float32),
+                jnp.zeros((*rows, head_dim), jnp.float32),
             )
             softmax = lax.fori_loop(
                 first, last, lambda j, so_far: so_far.merge(with_keys(j)), nothing
@@ -313,16 +314,16 @@ def _backward(
     plan = _plan(how.tiles, batch * kv_heads * group, queries, keys)
     facts = _facts(how, plan, leaves)
     k_at, v_at = _key_tiles(k, plan), _key_tiles(v, plan)
-    # Dividing what arrives by the softmax's sum spares dividing each of the weights.
 
     def a_tile_of_queries(
         totals: tuple[Array, Array], tile: PyTree[Array]
     ) -> tuple[tuple[Array, Array], Array]:
         q, out, d_out, peak, share, of_queries, first, last = tile
+        # Dividing what arrives by the softmax's sum spares dividing each of the weights.
         row_sums = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1) * share
         d_out = (d_out * share[..., None]).astype(v.dtype)
-
-        qT, d_outT = q.swapaxes(2, 3), d_out.swapaxes(2, 3)
+        # On CPUs, rows times columns is a product several times faster than columns times rows.
+        q_turned, d_out_turned = q.swapaxes(2, 3), d_out.swapaxes(2, 3)
 
         def with_keys(
             j: Array | int, so_far: tuple[Array, Array, Array]
@@ -333,25 +334,23 @@ def _backward(
             seen = facts.tile(of_queries, start, j, plan)
             weights = jnp.exp(_scores(q, k_tile, seen, how, plan) - peak[..., None])
             d_weights = _product("bhrd,bhsd->bhrs", d_out, v_at(start))
-            d_scores = weights * (d_weights - row_sums[..., None]) * how.scale
-            d_scores = d_scores.astype(k.dtype)
-            weights = weights.astype(k.dtype)
-            # Head_dim before keys: the other order is a product several times slower on CPUs.
+            d_scores = (weights * (d_weights - row_sums[..., None]) * how.scale).astype(k.dtype)
+            weights = weights.astype(v.dtype)
             return (
                 dq + _product("bhrs,bhsd->bhrd", d_scores, k_tile),
-                _add_at(dk, _product("bhdr,bhrs->bhds", qT, d_scores), start),
-                _add_at(dv, _product("bhdr,bhrs->bhds", d_outT, weights), start),
+                _add_at(dk, _product("bhdr,bhrs->bhds", q_turned, d_scores), start),
+                _add_at(dv, _product("bhdr,bhrs->bhds", d_out_turned, weights), start),
             )
 
         so_far = (jnp.zeros(q.shape, jnp.float32), *totals)
         if plan.k_tiles == 1:
-            dq, *totals = with_keys(0, so_far)
+            dq, dk, dv = with_keys(0, so_far)
         else:
-            dq, *totals = lax.fori_loop(first, last, with_keys, so_far)
-        return tuple(totals), dq.astype(q.dtype)
+            dq, dk, dv = lax.fori_loop(first, last, with_keys, so_far)
+        return (dk, dv), dq.astype(q.dtype)
 
     per_query = tuple(_query_tiles(x, plan) for x in (q, out, d_out, peak, share))
-    nothing = jnp.zeros((batch, kv_heads, head_dim, keys))
+    nothing = jnp.zeros((batch, kv_heads, head_dim, keys), jnp.float32)
     tiles = (*per_query, _fact_tiles(facts, plan), facts.first, facts.last)
     (dk, dv), dq = _scan(a_tile_of_queries, (nothing, nothing), tiles, plan.q_tiles)
     dk, dv = (jnp.moveaxis(x, 3, 1) for x in (dk, dv))
@@ -364,7 +363,7 @@ def _product(subscripts: str, a: Array, b: Array) -> Array:
 
 
 def _scores(q: Array, k: Array, seen: Bool[Array, "..."], how: _How, plan: _Plan) -> Array:
-    """The scores of a tile [batch heads group*queries keys], `_UNSEEN` where a query does not see."""
+    """The scores of a tile [batch heads group*queries keys], `_UNSEEN` where not visible."""
     scores = _product("bhrd,bhsd->bhrs", q, k) * how.scale
     grouped = scores.reshape(*scores.shape[:2], -1, plan.q_tile, plan.k_tile)
     return jnp.where(seen, grouped, _UNSEEN).reshape(scores.shape)
@@ -378,7 +377,7 @@ def _start(j: Array | int, plan: _Plan) -> Array:
 
 def _key_tiles(x: Array, plan: _Plan) -> Callable[[Array], Array]:
     """From [batch keys heads head_dim], the tile [batch heads tile head_dim] at a position."""
-    if plan.q_tiles == 1:  # each tile is used once: turn it then, and never the unused ones
+    if plan.queries < plan.keys:  # a cache: turn the tiles that are used, and never the rest
         return lambda at: jnp.swapaxes(lax.dynamic_slice_in_dim(x, at, plan.k_tile, 1), 1, 2)
     x = jnp.swapaxes(x, 1, 2)
     return lambda at: lax.dynamic_slice_in_dim(x, at, plan.k_tile, 2)
