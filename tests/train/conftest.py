@@ -10,17 +10,20 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-@pytest.fixture(scope="module")
-def compiled_before(tmp_path_factory):
-    """Lets one test use what another one has compiled: most train the same tiny model."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
-    values = (str(tmp_path_factory.mktemp("compiled")), 0.5, -1)
-    for name, value in zip(names, values, strict=True):
+@pytest.fixture(scope="package", autouse=True)
+def fast_compilation(tmp_path_factory):
+    """Most of the time here goes to compiling: do it hastily, and keep what has been compiled.
+
+    Most tests train the same tiny model, so that one can use what another one has compiled.
+    """
+    values = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.3,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in values}
+    for name, value in values.items():
         jax.config.update(name, value)
     jax_cache.reset_cache()
     yield

@@ -11,7 +11,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_training import make_batch, quantizers, tiny_model
+from tiny_training import OPTIMIZER, QUANTIZER_WEIGHT, make_batch, quantizers, tiny_model
 
 from elastictok.models import FixedDrop, UniformDrop
 from elastictok.train import (
@@ -19,12 +19,11 @@ from elastictok.train import (
     MSE,
     CompiledStep,
     RecompilationError,
-    adamw,
     data_mesh,
     init_state,
     train_step,
 )
-from elastictok.train._devices import place
+from elastictok.train._devices import place, replicated
 from elastictok.train._step import batch_losses
 
 MESH = data_mesh(jax.local_devices()[:1])
@@ -36,16 +35,17 @@ def on_device(batch):
 
 def step_function(**changes):
     chosen = {
-        "optimizer": adamw(1e-2),
+        "optimizer": OPTIMIZER,
         "loss": MSE(),
         "tail_drop": UniformDrop(),
-        "quantizer_weight": 0.5,
+        "quantizer_weight": QUANTIZER_WEIGHT,
     }
     return functools.partial(train_step, **(chosen | changes))
 
 
 def start(model, optimizer=None, seed=0):
-    return init_state(model, optimizer or adamw(1e-2), jax.random.key(seed))
+    state = init_state(model, optimizer or OPTIMIZER, jax.random.key(seed))
+    return jax.device_put(state, replicated(MESH))
 
 
 @functools.cache
@@ -100,7 +100,7 @@ def test_valid_pixels_do_change_something(name):
 
 @pytest.mark.parametrize(
     ("name", "loss"),
-    [(name, MSE()) for name in sorted(quantizers())] + [("FSQ", L1())],
+    [("VQ", MSE()), ("LFQ", MSE()), ("GaussianVAE", L1())],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_losses_are_those_of_a_loop_over_examples(name, loss):
@@ -160,15 +160,15 @@ def test_lengths_are_drawn_anew_for_every_step_and_block():
 
 
 def test_the_optimizer_leaves_an_averaged_code_book_alone():
+    step, make = compiled("VQ")
+    state = make()
     model = tiny_model(quantizers()["VQ"])
-    optimizer = adamw(1e-2, weight_decay=10.0)
-    state = start(model, optimizer)
     moments = [x.shape for x in jax.tree.leaves(state.opt_state)]
     assert model.quantizer.codebook.shape not in moments
     batch = on_device(make_batch(0))
-    after, _ = jax.jit(step_function(optimizer=optimizer))(state, batch)
+    after, _ = step(state, batch)
 
-    keys = jax.random.split(jax.random.fold_in(state.key, 0), 3)
+    keys = jax.random.split(jax.random.fold_in(make().key, 0), 3)
     losses = functools.partial(batch_losses, loss=MSE(), tail_drop=UniformDrop())
     _, (_, statistics) = jax.jit(lambda m: losses(m, batch, quantizer_weight=0.0, keys=keys))(model)
     expected = model.quantizer.update(statistics)
@@ -184,26 +184,17 @@ def test_every_trained_array_moves():
     assert all(not np.array_equal(a, b) for a, b in pairs)
 
 
-def test_the_gradient_norm_is_the_one_before_clipping():
-    clipped = adamw(1e-2, clip=1e-6)
-    batch = on_device(make_batch(0))
-    model = tiny_model(quantizers()["GaussianVAE"])
-    _, metrics = jax.jit(step_function(optimizer=clipped))(start(model, clipped), batch)
-    step, make = compiled("GaussianVAE")
-    assert float(metrics["gradient_norm"]) > 1e-3
-    assert float(metrics["gradient_norm"]) == pytest.approx(
-        float(step(make(), batch)[1]["gradient_norm"]), rel=1e-5
-    )
-
-
 def test_any_optax_transformation_will_do():
-    model = tiny_model()
-    optimizer = optax.chain(optax.add_noise(0.1, 0.5, 3), optax.lion(1e-3))
-    state = start(model, optimizer)
-    step = CompiledStep(step_function(optimizer=optimizer), state, on_device(make_batch(0)))
-    for number in range(2):
-        state, metrics = step(state, on_device(make_batch(number)))
-    assert np.isfinite(float(metrics["loss"]))
+    optimizer = optax.sgd(1.0)  # then a step is the gradient
+    before = start(tiny_model(quantizers()["GaussianVAE"]), optimizer)
+    weights = [np.asarray(x) for x in jax.tree.leaves(before.model)]
+    batch = on_device(make_batch(0))
+    step = CompiledStep(step_function(optimizer=optimizer), before, batch)
+    after, metrics = step(before, batch)
+    moved = zip(weights, jax.tree.leaves(after.model), strict=True)
+    squares = sum(float(((new - old) ** 2).sum()) for old, new in moved)
+    assert float(metrics["gradient_norm"]) == pytest.approx(squares**0.5, rel=1e-4)
+    assert squares > 1e-6
 
 
 @EACH_QUANTIZER

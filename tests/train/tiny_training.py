@@ -8,7 +8,12 @@ import numpy as np
 from elastictok.data import Batch
 from elastictok.models import CoarseToFine, ElasticTok, Patching, RankRotary, presets
 from elastictok.quantizers import FSQ, LFQ, VQ, AbstractQuantizer, GaussianVAE, Residual
+from elastictok.train import adamw
 
+# What most tests train with, so that they can share what was compiled. The decay is large enough to
+# be seen where there should be none.
+OPTIMIZER = adamw(1e-2, weight_decay=1.0)
+QUANTIZER_WEIGHT = 0.5
 SIZE = 16  # pixels: four patches, so four tokens to a block
 
 

@@ -207,7 +207,9 @@ def _settle() -> None:
         if type(thread).__module__.startswith("orbax."):
             # Not their own join, which raises what the thread raised.
             threading.Thread.join(thread, timeout=max(0.0, deadline - time.monotonic()))
-    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # coroutines that were never awaited
+        gc.collect()
 
     def hook(what: Any) -> None:
         if str(what.exc_value) != "Event loop is closed":

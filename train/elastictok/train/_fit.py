@@ -304,10 +304,8 @@ def _advice(run: RunFolder | None) -> Iterator[None]:
     try:
         yield
     except NonFiniteError as error:
-        newest = None if run is None else latest_step(run.path)
-        kept = (
-            "nothing is saved" if newest is None else f"checkpoint {newest} in {run.path} is good"
-        )
+        newest = latest_step(run.path) if run is not None else None
+        kept = "nothing was saved" if newest is None else f"checkpoint {newest} was saved before it"
         raise NonFiniteError(
             f"{error}; {kept}. Lower the learning rate or the clipping norm"
         ) from None
