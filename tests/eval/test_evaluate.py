@@ -76,6 +76,7 @@ def test_fixed_lengths_by_hand(grey, flat):
     assert nine.mse == 0
     assert nine.psnr_dataset == nine.psnr_per_frame == nine.psnr_per_clip == math.inf
     assert nine.measurements[0].quality.ssim_gaussian == pytest.approx((1, 1, 1))
+    assert three.encoder_evaluations == three.decoder_evaluations == 1
     assert three.tokens == 3
     assert three.share_of_tokens == pytest.approx(1 / 3)
     assert three.threshold is None
