@@ -31,7 +31,7 @@ def oracle(z: np.ndarray, levels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarr
         for i, level in enumerate(levels):
             value = bounded(float(z[token, i]), level)
             whole = round(value)
-            clear[token] &= abs(abs(value - np.floor(value)) - 0.5) > 1e-6 * level
+            clear[token] &= abs(abs(value - np.floor(value)) - 0.5) > 3e-7 * level
             latents[token, i] = whole / (level // 2)
             codes[token] += (whole + level // 2) * place
             place *= level
@@ -50,7 +50,7 @@ def test_equals_the_formula(levels, dtype, seed, width):
     z = jnp.asarray(drawn, dtype)
     latents, codes, clear = oracle(np.asarray(z, np.float64), levels)
     out = COMPILED[levels](z, np.ones(TOKENS, bool))
-    assert clear.sum() > TOKENS // 2
+    assert clear.mean() > 0.5
     np.testing.assert_array_equal(np.asarray(out.codes)[clear], codes[clear])
     np.testing.assert_allclose(np.asarray(out.latents)[clear], latents[clear], rtol=0, atol=2e-7)
 

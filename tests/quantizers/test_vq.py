@@ -62,6 +62,12 @@ def test_gradient_of_the_commitment_loss(seed):
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_statistics_carry_no_gradient():
+    vq, (z, keep) = make(), draw(0)
+    gradient = jax.grad(lambda x: jnp.sum(CALL(vq, x, keep).statistics.sums))(jnp.asarray(z))
+    assert not np.asarray(gradient).any()
+
+
 @pytest.mark.parametrize(
     ("distances", "narrowest", "codes"),
     [(1, 1, 24), (1, 7, 2), (1, 7, 24), (1, 128, 129), (200, 1, 129)],
