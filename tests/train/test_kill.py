@@ -1,0 +1,58 @@
+"""Killed at any moment, a run loses at most what came after its last checkpoint."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from train_until_killed import train
+
+from elastictok.models import load
+from elastictok.train import latest_step
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.heavy
+def test_killed_again_and_again(tmp_path):
+    out = tmp_path / "killed"
+    rng = random.Random(0)
+    for _ in range(4):
+        child = subprocess.Popen(
+            [sys.executable, HERE / "train_until_killed.py", out, "1000"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+        assert child.stdout is not None
+        seen = [int(child.stdout.readline()) for _ in range(3)]
+        # Nearly all of a step's time is spent on saving it, so the moment is mostly in mid-save.
+        time.sleep(rng.uniform(0, 0.5))
+        child.kill()
+        seen += [int(line) for line in child.stdout]
+        child.wait()
+        saved = latest_step(out)
+        assert saved is not None
+        assert seen == list(range(seen[0], seen[-1] + 1))
+        assert seen[-1] - 2 <= saved <= seen[-1] + 1
+        load(out)
+
+    total = saved + 3
+    resumed = train(str(out), total)
+    whole = train(str(tmp_path / "whole"), total)
+    pairs = zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+    rows = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (out, tmp_path / "whole")
+    ]
+    assert [row["step"] for row in rows[0]] == list(range(1, total + 1))
+    # Each batch decides its step's loss: none was skipped and none was used twice.
+    losses = [[row["loss"] for row in side] for side in rows]
+    assert losses[0] == losses[1]
