@@ -13,7 +13,7 @@ from jaxtyping import Float
 COUNTS = (*range(1, 17), 18, 20, 22, 24, 27, 30, 32, 36, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256)
 
 _LLOYD_STEPS = 50
-_FRONT = 4096
+_FRONT = 1024
 
 
 @final
@@ -118,7 +118,7 @@ def _front(bits: np.ndarray, errors: np.ndarray) -> np.ndarray:
     kept = order[np.concatenate([[True], lowest[1:] < lowest[:-1]])]
     if len(kept) <= _FRONT:
         return kept
-    # Too many to carry on: the best (the last) of each of 4096 equal stretches of bits.
+    # Too many to carry on: the best (the last) of each of 1024 equal stretches of bits.
     stretch = np.floor(bits[kept] / (bits[kept[-1]] / _FRONT))
     return kept[np.concatenate([stretch[1:] != stretch[:-1], [True]])]
 
@@ -128,7 +128,7 @@ def allocate(choices: Sequence[Sequence[Quantiser]], bits: float | int) -> list[
 
     A fixed-rate code: the levels chosen together name one of `prod(levels) <= 2**bits` symbols.
     Solved by dynamic programming over the Pareto front of (bits, error): exact as long as the front
-    has at most 4096 states, which it has at the 16 bits of a token.
+    has at most 1024 states (about 250 at the 16 bits of a token).
 
     **Arguments:**
 
