@@ -5,6 +5,7 @@ import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -415,6 +416,16 @@ def test_a_report_of_evaluations(grey, flat):
     assert "honest" in page.text()
     assert len(page.all("svg")) == 8
     assert len(page.all("video")) == 1
+
+
+def test_the_readme_runs_as_it_stands(grey, tmp_path, monkeypatch, capsys):
+    readme = Path(__file__).parents[2] / "eval" / "README.md"
+    (block,) = re.findall(r"```python\n(.*?)```", readme.read_text("utf-8"), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {"model": grey, "picture": clip(1), "training": [clip(2, seed=n) for n in range(3)]}
+    exec(compile(block, str(readme), "exec"), names)
+    assert "6-component PCA" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "report.html"}
 
 
 def test_side_by_side():

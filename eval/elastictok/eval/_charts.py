@@ -1,5 +1,6 @@
 """Line charts as inline SVG that takes its text colour from the page."""
 
+import html
 import io
 import re
 from collections.abc import Sequence
@@ -115,14 +116,12 @@ def _draw_levels(axes: "Axes", levels: Sequence[Level]) -> None:
 
 def _inline(svg: str, alt: str) -> str:
     """What a page needs of an SVG file: no prologue, metadata or fixed size, but a description."""
-    from markupsafe import escape
-
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     view = re.search(r'viewBox="[^"]*"', svg)
     if view is None:
         raise ValueError("matplotlib wrote an SVG without a viewBox")
-    head = f'<svg class="chart" {view.group()} role="img" aria-label="{escape(alt)}">'
+    head = f'<svg class="chart" {view.group()} role="img" aria-label="{html.escape(alt)}">'
     svg = re.sub(r"^<svg[^>]*>", lambda _: head, svg)
     return svg.replace("xlink:href", "href").replace(_INK, "currentColor").strip()
 

@@ -241,7 +241,6 @@ def render_report(report: Report) -> str:
     """The report as an HTML page: styles, pictures, charts and videos are all inside it."""
     # Imported late: metrics and tables need neither.
     import jinja2
-    from markupsafe import Markup
 
     template = resources.files("elastictok.eval").joinpath("report.html.j2")
     environment = jinja2.Environment(
@@ -250,8 +249,7 @@ def render_report(report: Report) -> str:
     return environment.from_string(template.read_text("utf-8")).render(
         report=report,
         pictures=[(section, _images(section)) for section in report.pictures],
-        # Markup: the only parts that are not escaped, because render_chart has done so.
-        charts=[(chart, Markup(render_chart(chart))) for chart in report.charts],
+        charts=[(chart, render_chart(chart)) for chart in report.charts],
         strips=[_strip(section) for section in report.clips],
     )
 
