@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
-type_of_offset = int | Int[Array, ""]
+Offset = int | np.integer | Int[Array, ""]
 Bounds = tuple[Int[Array, "tiles"], Int[Array, "tiles"]]
 
 # How many (query, key) pairs `count` and `draw` look at in one go: 16 MB of booleans.
@@ -114,13 +114,13 @@ class AbstractMask(eqx.Module):
 class AbstractPositional(AbstractMask):
     """A mask on positions: the query at index `i` stands at `i + offset`, key `j` at `j`."""
 
-    offset: eqx.AbstractVar[type_of_offset]
+    offset: eqx.AbstractVar[Offset]
 
     def check(self, queries: int, keys: int) -> None:
         pass  # any lengths do
 
 
-def _offset(value: type_of_offset) -> type_of_offset:
+def _offset(value: Offset) -> int | Int[Array, ""]:
     return value if isinstance(value, int) else jnp.asarray(value)
 
 
@@ -132,7 +132,7 @@ class Causal(AbstractPositional):
     - `offset`: the position of the first query among the keys. An array may be traced.
     """
 
-    offset: type_of_offset = eqx.field(default=0, converter=_offset)
+    offset: Offset = eqx.field(default=0, converter=_offset)
 
     def dense(self, queries: int, keys: int) -> Bool[Array, "{queries} {keys}"]:
         return jnp.arange(keys)[None, :] <= jnp.arange(queries)[:, None] + self.offset
@@ -165,7 +165,7 @@ class BlockCausal(AbstractPositional):
     """
 
     block: int = eqx.field(static=True)
-    offset: type_of_offset = eqx.field(default=0, converter=_offset)
+    offset: Offset = eqx.field(default=0, converter=_offset)
 
     def __check_init__(self) -> None:
         _check_block(self.block)
@@ -201,7 +201,7 @@ class SlidingBlocks(AbstractPositional):
 
     block: int = eqx.field(static=True)
     window: int = eqx.field(static=True)
-    offset: type_of_offset = eqx.field(default=0, converter=_offset)
+    offset: Offset = eqx.field(default=0, converter=_offset)
 
     def __check_init__(self) -> None:
         _check_block(self.block)
@@ -432,7 +432,11 @@ def _strips(mask: AbstractMask, queries: int, keys: int) -> Iterator[tuple[int, 
     """The dense mask, a few rows at a time."""
     mask.check(queries, keys)
     rows = max(1, min(queries, _PAIRS_AT_ONCE // max(keys, 1)))
-    strip = jax.jit(lambda mask, at: mask.visible(at[:, None], jnp.arange(keys)[None, :]))
     for start in range(0, queries, rows):
         at = np.minimum(np.arange(start, start + rows), queries - 1)
-        yield start, np.asarray(strip(mask, at))[: queries - start]
+        yield start, np.asarray(_strip(mask, at, keys))[: queries - start]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _strip(mask: AbstractMask, rows: Int[Array, "rows"], keys: int) -> Bool[Array, "rows keys"]:
+    return mask.visible(rows[:, None], jnp.arange(keys)[None, :])

@@ -1,0 +1,43 @@
+"""Every test with a `backend` argument runs once for each registered backend: also for one that
+another package, or this file, registers.
+"""
+
+import equinox as eqx
+import jax.numpy as jnp
+import pytest
+
+from elastictok.attention import XLA, AbstractBackend, TileSizes, backends, register
+
+
+class Loop(AbstractBackend):
+    """What a third party might register: one head after the other, up to head_dim 64."""
+
+    name: str = eqx.field(static=True, default="loop-over-heads")
+
+    def reasons_against(self, q, k, v, mask):
+        return [f"head_dim is {q.shape[2]}, above 64"] if q.shape[2] > 64 else []
+
+    def __call__(self, q, k, v, mask, *, scale):
+        group = q.shape[1] // k.shape[1]
+        seen = mask.dense(q.shape[0], k.shape[0])
+        outs = []
+        for head in range(q.shape[1]):
+            query, key, value = (
+                x[:, at].astype(jnp.float32)
+                for x, at in ((q, head), (k, head // group), (v, head // group))
+            )
+            scores = jnp.where(seen, query @ key.T * scale, -1e30)
+            weights = jnp.where(seen, jnp.exp(scores - scores.max(axis=1, keepdims=True)), 0)
+            outs.append(weights @ value / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-30))
+        return jnp.stack(outs, axis=1).astype(q.dtype)
+
+
+register(Loop())
+# Tiles so small that a hundred tokens make several, and unequal, so that they cannot be mixed up.
+register(XLA(TileSizes(queries=32, keys=24), name="xla-small-tiles"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        names = [name for name, reasons in backends().items() if not reasons]
+        metafunc.parametrize("backend", names)

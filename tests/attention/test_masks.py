@@ -1,0 +1,253 @@
+"""Masks: the predicate, the bounds and the count against the dense oracle, and the oracle against
+a predicate in plain Python."""
+
+import functools
+import operator
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
+
+from elastictok.attention import (
+    AbstractMask,
+    And,
+    BlockCausal,
+    Causal,
+    Full,
+    KeyValid,
+    Segments,
+    SlidingBlocks,
+)
+
+# Lengths: few, because each compiles.
+LENGTHS = [(37, 37), (12, 50), (50, 12), (1, 40)]
+TILES = [1, 8, 12, 64]
+
+Make = Callable[[], AbstractMask]
+Predicate = Callable[[int, int], bool]
+
+
+@st.composite
+def ids(draw: st.DrawFn, length: int) -> np.ndarray:
+    """Labels: documents one after the other, or in any order, or alternating."""
+    kind = draw(st.sampled_from(["packed", "packed with padding", "any"]))
+    if kind == "any":
+        label = st.integers(-2, 3)
+        return np.asarray(draw(st.lists(label, min_size=length, max_size=length)), np.int32)
+    cuts = sorted(draw(st.lists(st.integers(0, length), max_size=4)))
+    labels = np.searchsorted(cuts, np.arange(length), side="right").astype(np.int32) + 1
+    if kind == "packed with padding":
+        labels[draw(st.integers(0, length)) :] = 0
+    return labels
+
+
+@st.composite
+def parts(draw: st.DrawFn, queries: int, keys: int, offset: int) -> tuple[Make, Predicate]:
+    """A mask, yet to be made, and what it means."""
+    kinds = ["block", "causal", "sliding", "full", "segments", "cross", "valid"]
+    kind = draw(st.sampled_from(kinds))
+    block, window = draw(st.sampled_from([1, 5, 16])), draw(st.sampled_from([1, 2]))
+    if kind == "block":
+        return (
+            lambda: BlockCausal(block, offset),
+            lambda i, j: j // block <= (i + offset) // block,
+        )
+    if kind == "causal":
+        return lambda: Causal(offset), lambda i, j: j <= i + offset
+    if kind == "sliding":
+        return (
+            lambda: SlidingBlocks(block, window, offset),
+            lambda i, j: 0 <= (i + offset) // block - j // block < window,
+        )
+    if kind == "full":
+        return Full, lambda i, j: True
+    if kind == "valid":
+        valid = np.asarray(draw(st.lists(st.booleans(), min_size=keys, max_size=keys)))
+        return lambda: KeyValid(valid), lambda i, j: bool(valid[j])
+    q_ids, k_ids = draw(ids(queries)), draw(ids(keys))
+    if kind == "segments" and queries == keys:
+        return lambda: Segments(q_ids), lambda i, j: q_ids[i] == q_ids[j]
+    return lambda: Segments(q_ids, k_ids), lambda i, j: q_ids[i] == k_ids[j]
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> tuple[Make, np.ndarray]:
+    """A composed mask, yet to be made, and its picture, computed pair by pair."""
+    queries, keys = draw(st.sampled_from(LENGTHS))
+    offset = draw(st.integers(-20, 60))
+    some = [draw(parts(queries, keys, offset)) for _ in range(draw(st.integers(1, 3)))]
+    truth = [[all(see(i, j) for _, see in some) for j in range(keys)] for i in range(queries)]
+    return lambda: functools.reduce(operator.and_, (make() for make, _ in some)), np.asarray(truth)
+
+
+@given(masks())
+def test_dense_and_visible_are_the_definition(case):
+    mask, truth = case[0](), case[1]
+    queries, keys = truth.shape
+    np.testing.assert_array_equal(mask.dense(queries, keys), truth)
+    visible = mask.visible(jnp.arange(queries)[:, None], jnp.arange(keys)[None, :])
+    np.testing.assert_array_equal(visible, truth)
+
+
+@given(masks(), st.integers(0, 2**32 - 1))
+def test_visible_takes_any_indices(case, seed):
+    mask, truth = case[0](), case[1]
+    rng = np.random.default_rng(seed)
+    i, j = (rng.integers(0, n, size=(3, 7)) for n in truth.shape)
+    np.testing.assert_array_equal(mask.visible(jnp.asarray(i), jnp.asarray(j)), truth[i, j])
+
+
+@given(masks(), st.sampled_from(TILES))
+def test_nothing_is_visible_outside_the_bounds(case, tile):
+    mask, truth = case[0](), case[1]
+    queries, keys = truth.shape
+    start, stop = mask.key_bounds(queries, keys, tile)
+    assert start.shape == stop.shape == (-(-queries // tile),)
+    outside = np.ones_like(truth)
+    for i in range(queries):
+        outside[i, max(int(start[i // tile]), 0) : max(int(stop[i // tile]), 0)] = False
+    assert not (truth & outside).any()
+
+
+@given(masks())
+def test_count_and_picture(case):
+    mask, truth = case[0](), case[1]
+    queries, keys = truth.shape
+    assert mask.count(queries, keys) == truth.sum()
+    lines = mask.draw(queries, keys, width=10).splitlines()
+    cell = -(-max(queries, keys) // 10)
+    for row, line in enumerate(lines):
+        for column, symbol in enumerate(line):
+            inside = truth[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+            assert symbol == ("#" if inside.all() else "+" if inside.any() else ".")
+    assert len(lines) == -(-queries // cell)
+    assert {len(line) for line in lines} == {-(-keys // cell)}
+
+
+def test_count_goes_strip_by_strip(monkeypatch):
+    monkeypatch.setattr("elastictok.attention._masks._PAIRS_AT_ONCE", 300)
+    mask = BlockCausal(7) & KeyValid(np.arange(100) % 3 > 0)
+    dense = np.asarray(mask.dense(100, 100))
+    assert mask.count(100, 100) == dense.sum()
+    assert mask.draw(100, 100, width=50).count("#") == dense.reshape(50, 2, 50, 2).all((1, 3)).sum()
+
+
+def test_bounds_of_packed_documents_are_tight():
+    """What makes packing cheap: a tile of a document meets that document alone."""
+    ids = jnp.repeat(jnp.asarray([7, 3, 3, 0, 5]), 20)  # 100 tokens, labels in no order
+    start, stop = (BlockCausal(10) & Segments(ids)).key_bounds(100, 100, 10)
+    np.testing.assert_array_equal(start, [0, 0, 20, 20, 20, 20, 60, 60, 80, 80])
+    np.testing.assert_array_equal(stop, np.arange(10, 101, 10))
+
+
+def test_bounds_of_a_half_filled_cache_are_tight():
+    mask = BlockCausal(8, offset=jnp.int32(24)) & KeyValid(jnp.arange(200) < 32)
+    assert [int(x[0]) for x in mask.key_bounds(8, 200, 8)] == [0, 32]
+    start, stop = SlidingBlocks(8, 2, offset=24).key_bounds(8, 200, 8)
+    assert [int(start[0]), int(stop[0])] == [16, 32]
+
+
+def test_bounds_where_nothing_is_visible():
+    for mask in (
+        KeyValid(np.zeros(20, bool)),
+        Segments(np.zeros(10, int), np.ones(20, int)),
+        Causal(offset=-30),
+        Segments(np.zeros(10, int), np.arange(20) // 10) & KeyValid(np.arange(20) >= 10),
+    ):
+        start, stop = mask.key_bounds(10, 20, 4)
+        assert (np.asarray(start) >= np.asarray(stop)).all()
+
+
+def test_offset_labels_and_validity_may_be_traced_and_batched():
+    def bounds(offset, ids, valid):
+        mask = BlockCausal(4, offset) & Segments(ids) & KeyValid(valid)
+        return mask.key_bounds(24, 24, 6), mask.dense(24, 24)
+
+    rng = np.random.default_rng(0)
+    args = (
+        jnp.asarray([0, 3, -5]),
+        jnp.asarray(rng.integers(0, 3, (3, 24))),
+        jnp.asarray(rng.integers(0, 2, (3, 24)) > 0),
+    )
+    batched = jax.jit(jax.vmap(bounds))(*args)
+    for i in range(3):
+        alone = bounds(*(x[i] for x in args))
+        jax.tree.map(lambda b, a, i=i: np.testing.assert_array_equal(b[i], a), batched, alone)
+
+
+def test_bounds_need_no_quadratic_array():
+    length = 4096
+
+    def bounds(offset, ids, valid):
+        mask = SlidingBlocks(512, 4, offset) & BlockCausal(512, offset) & Segments(ids)
+        return (mask & KeyValid(valid) & Causal(offset) & Full()).key_bounds(length, length, 512)
+
+    shapes = jax.make_jaxpr(bounds)(
+        jnp.int32(0), jnp.zeros(length, jnp.int32), jnp.ones(length, bool)
+    )
+    assert _largest(shapes.jaxpr) <= 4 * length
+
+
+def _largest(jaxpr) -> int:
+    sizes = [0]
+    for eqn in jaxpr.eqns:
+        sizes += [v.aval.size for v in (*eqn.invars, *eqn.outvars) if hasattr(v.aval, "size")]
+        sizes += [_largest(inner) for inner in jaxprs_in_params(eqn.params)]
+    return max(sizes)
+
+
+def test_and_is_flat_and_readable():
+    a, b, c = BlockCausal(4), Full(), KeyValid(np.ones(3, bool))
+    mask = (a & b) & (c & a)
+    assert isinstance(mask, And)
+    assert mask.masks == (a, b, c, a)
+    assert str(a & b) == f"{a} & {b}"
+    assert str(a).startswith("BlockCausal(block=4")
+
+
+def test_two_offsets_in_one_mask_are_an_error():
+    with pytest.raises(ValueError, match=r"BlockCausal has offset 8 and Causal has offset 0.*same"):
+        BlockCausal(4, offset=8) & Causal()
+    with pytest.raises(ValueError, match="offset"):
+        BlockCausal(4, offset=jnp.int32(8)) & Full() & SlidingBlocks(4, 2, offset=9)
+    assert (BlockCausal(4, offset=8) & Causal(jnp.int32(8))).count(2, 20) == 9 + 10
+
+    def traced(offset, other):
+        same = BlockCausal(4, offset) & SlidingBlocks(4, 2, offset)
+        return same.dense(2, 20).sum(), (Causal(offset) & Causal(other)).dense(2, 20).sum()
+
+    assert [int(n) for n in jax.jit(traced)(8, 8)] == [16, 9 + 10]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BlockCausal(0), "block is 0 tokens; it must be at least 1"),
+        (lambda: SlidingBlocks(-1, 1), "block is -1"),
+        (lambda: SlidingBlocks(4, 0), "window is 0 blocks; it must be at least 1"),
+    ],
+)
+def test_impossible_masks(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Segments(np.zeros(9, int)), r"q_ids has shape \(9,\) but there are 10 queries.*per query"),
+        (Segments(np.zeros(10, int)), r"k_ids has shape \(10,\) but there are 12 keys.*one entry"),
+        (Segments(np.zeros(10, int), np.zeros(3, int)), r"k_ids has shape \(3,\)"),
+        (KeyValid(np.ones(10, bool)), r"valid has shape \(10,\) but there are 12 keys.*per key"),
+        (Full() & KeyValid(np.ones(10, bool)), r"valid has shape \(10,\)"),
+    ],
+)
+def test_masks_that_do_not_fit(mask, message):
+    for use in (mask.check, mask.dense, mask.count, mask.draw):
+        with pytest.raises(ValueError, match=message):
+            use(10, 12)
