@@ -24,7 +24,7 @@ LENGTHS = (4, 8, 16, 32, 48, 64)
 THRESHOLD = 0.03
 BATCH_SIZE = 8
 IMAGE_SHARE = 0.5
-TRAINING_CLIPS = 64
+TRAINING_CLIPS = 48
 # Pictures and the clip that the report shows and whose tokens are kept as files.
 SHOWN = ("chelsea-00", "chelsea-01", "rocket-00", "rocket-01", "camera-00", "camera-01")
 

@@ -27,7 +27,8 @@ TEST = ("camera.png", "chelsea.png", "rocket.jpg")
 
 FPS = 8.0
 SHORT_SIDE = 256  # of the training photographs; crops of a quarter of it are 64 pixels wide
-CLIP_SIZE = 80  # of the training clips: room for a random crop of 64
+CLIP_SIZE = 192  # of the training clips, whose camera sees half to all of a photograph
+CLIP_FRAMES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +114,12 @@ def write_samples(folder: Path, *, size: int, clips: int, seed: int) -> Samples:
         write_picture(folder / "train" / f"{name}.png", np.asarray(picture))
     rng = np.random.default_rng([seed, 0])
     for i in range(clips):
-        frames = training_clip(list(train.values()), rng, frames=24)
+        frames = training_clip(list(train.values()), rng, frames=CLIP_FRAMES)
         write_clip(folder / "train" / f"clip-{i:03d}.mp4", frames, FPS)
 
     rng = np.random.default_rng([seed, 1])
     pictures = {
-        f"{name}-{i:02d}": random_view(photo, rng).frame(size)
+        f"{name}-{i:02d}": random_view(photo, rng, smallest=0.25).frame(size)
         for name, photo in test.items()
         for i in range(40)
     }
@@ -126,17 +127,18 @@ def write_samples(folder: Path, *, size: int, clips: int, seed: int) -> Samples:
     return Samples(folder / "train", pictures, clip, cuts)
 
 
-def random_view(photo: np.ndarray, rng: np.random.Generator) -> View:
-    """A square window of a quarter to all of the short side, anywhere."""
+def random_view(photo: np.ndarray, rng: np.random.Generator, *, smallest: float) -> View:
+    """A square window of that share to all of the short side, anywhere."""
     height, width = photo.shape[:2]
-    side = min(height, width) * rng.uniform(0.25, 1.0)
+    side = min(height, width) * rng.uniform(smallest, 1.0)
     x, y = rng.uniform(side / 2, width - side / 2), rng.uniform(side / 2, height - side / 2)
     return View(photo, x, y, side)
 
 
 def training_clip(photos: list[np.ndarray], rng: np.random.Generator, *, frames: int) -> np.ndarray:
     """A camera that holds, pans or zooms on a photograph, with a cut to another one and back."""
-    first, other = (random_view(photos[i], rng) for i in rng.choice(len(photos), 2, replace=False))
+    chosen = rng.choice(len(photos), 2, replace=False)
+    first, other = (random_view(photos[i], rng, smallest=0.5) for i in chosen)
     cut, back = np.sort(rng.choice(np.arange(4, frames - 3), 2, replace=False))
     shots, move = [], random_move(rng)
     for t in range(frames):
