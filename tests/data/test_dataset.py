@@ -167,7 +167,7 @@ def test_a_share_of_nothing_leaves_a_kind_out(share, expected):
 
 def test_every_frame_of_every_clip_is_used():
     """Also the first ones, and those of a tail: another draw begins elsewhere."""
-    lengths = [3, 7, 8, 21]
+    lengths = [3, 5, 7, 8, 21]
     dataset = load_clips(library(0, lengths), Geometry(SIZE, 3, 2), crop=CentreCrop())
     used = Counter()
     with iter(dataset) as batches:
