@@ -397,6 +397,22 @@ def test_a_name_like_an_address_is_a_name(tmp_path, make, monkeypatch):
     assert len(read_media("file:b.mp4").frames) == 3
 
 
+def test_tags_in_an_unknown_encoding_do_no_harm(tmp_path, make):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("ffv1", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        output.metadata["title"] = "QQQQQQQQ"
+        stream.metadata["title"] = "ZZZZZZZZ"
+        output.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
+        output.mux(stream.encode())
+    data = path.read_bytes()
+    for title in (b"QQQQQQQQ", b"ZZZZZZZZ"):
+        assert title in data
+        path.write_bytes(data.replace(title, "Café ü!".encode("latin-1") + b"\xff"))
+        assert read_media(path).frames.shape == (1, 16, 16, 3)
+
+
 @pytest.mark.parametrize("cover", [False, True])
 def test_sound_alone_is_an_error(cover, tmp_path, make):
     path = tmp_path / "a.mp4"

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import av.error
@@ -19,7 +20,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import Int64, UInt8
 
@@ -44,8 +45,16 @@ _OPTIONS = {
 
 _FAILURES = (av.error.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError)
 
-EXACT = Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-"""Options of swscale under which every machine computes the same pixels."""
+# Flags of libswscale (swscale.h); as numbers, because PyAV names all of them only from 18 on.
+BILINEAR = 0x2
+AREA = 0x20
+EXACT = 0x40000 | 0x80000
+"""Accurate rounding and bit exactness: every machine computes the same pixels."""
+
+# Tags of songs and cameras in unknown encodings are nobody's business here. From PyAV 19 on they
+# do no harm, and the argument is gone.
+_BEFORE_19 = int(av.__version__.split(".")[0]) < 19
+_LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if _BEFORE_19 else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,9 +202,8 @@ def _opened(path: Path, max_pixels: int) -> Iterator["_Reel"]:
 
 def _container(path: Path) -> InputContainer:
     try:
-        # Absolute, because ffmpeg would take "a:b.mp4" for an address. Tags of songs and cameras
-        # in unknown encodings are nobody's business here.
-        return av.open(str(path.absolute()), options=_OPTIONS, metadata_errors="ignore")
+        # Absolute, because ffmpeg would take "a:b.mp4" for an address.
+        return av.open(str(path.absolute()), "r", options=_OPTIONS, **_LENIENT)
     except av.error.ArgumentError as error:
         reason = "not a clip in a container that is read (mp4, mov, mkv, webm, avi, gif)"
         raise MediaError(path, reason) from error
@@ -437,14 +445,13 @@ class _Converter:
     def __call__(self, frame: VideoFrame) -> UInt8[np.ndarray, "height width 3"]:
         height, width = self._size
         shrinks = height * width < frame.height * frame.width
-        scaler = Interpolation.AREA if shrinks else Interpolation.BILINEAR
         seen_through = any(component.is_alpha for component in frame.format.components)
         pixels = self._reformatter.reformat(
             frame,
             width=width,
             height=height,
             format="rgba" if seen_through else "rgb24",
-            interpolation=scaler | EXACT,
+            interpolation=(AREA if shrinks else BILINEAR) | EXACT,
             threads=1,
         ).to_ndarray()
         if seen_through:

@@ -11,12 +11,12 @@ import av
 import av.error
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 from PIL import Image
 
-from elastictok.data._clip import EXACT
+from elastictok.data._clip import BILINEAR, EXACT
 from elastictok.data._errors import MediaError
 from elastictok.data._types import check_fps
 
@@ -155,7 +155,7 @@ def _encode(
                 format="yuv420p",
                 dst_colorspace=matrix,
                 dst_color_range=ColorRange.MPEG,
-                interpolation=EXACT | Interpolation.BILINEAR,
+                interpolation=BILINEAR | EXACT,
                 threads=1,
             )
             coded.pts, coded.time_base = index, 1 / rate
