@@ -551,7 +551,7 @@ def _mask(
     segments: Int[Array, "tokens"] | None,
     key_valid: Bool[Array, "tokens"] | None,
 ) -> AbstractMask:
-    mask = BlockCausal(block)
+    mask: AbstractMask = BlockCausal(block=block)
     if segments is not None:
         mask = mask & Segments(segments)
     if key_valid is not None:
