@@ -1,5 +1,6 @@
 """The folder's helpers are a module of their own, so that subprocesses can import them too."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,9 +17,12 @@ def fast_compilation(tmp_path_factory):
 
     Most tests train the same tiny model, so that one can use what another one has compiled.
     """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers
     values = {
         "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(root / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.3,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

@@ -138,6 +138,7 @@ def test_what_a_run_folder_holds(tmp_path, capsys):
     last = lines(out, speed=True)[-1]
     assert list(last)[:3] == ["step", "loss", "psnr"]
     assert SPEED | {"mse", "kept", "gradient_norm", "quantizer", "reconstruction"} < set(last)
+    assert 0 <= last["waiting_for_data"] <= 1
     (session,) = [json.loads(line) for line in (out / "sessions.jsonl").read_text().splitlines()]
     assert session["from_step"] == 0
     assert session["steps"] == 4
@@ -319,6 +320,13 @@ def test_validation_must_have_a_finite_loss(tmp_path):
 def test_a_batch_of_another_shape_stops_the_run():
     with pytest.raises(RecompilationError, match=r"uint8\[8, 2, 1.* -> uint8\[8, 1, 1"):
         train([make_batch(0), make_batch(1, blocks=1)], steps=2)
+
+
+def test_batches_for_another_model_are_refused():
+    batch = make_batch(0)
+    two = Batch(np.repeat(batch.pixels, 2, axis=2), batch.segments, batch.valid)
+    with pytest.raises(DataError, match="blocks of 2 frames and the model of 1"):
+        train([two], steps=1)
 
 
 def test_trackers_get_every_line(tmp_path):

@@ -71,6 +71,14 @@ def test_the_first_number_that_is_not_finite_is_named(value):
         meter.fetch()
 
 
+def test_bad_numbers_are_found_in_time_when_nobody_asks():
+    meter = Meter()
+    for step in range(1, 256):
+        meter.add(step, metrics(math.nan if step == 3 else 1.0))
+    with pytest.raises(NonFiniteError, match="at step 3"):
+        meter.add(256, metrics(1.0))
+
+
 def test_psnr_of_known_errors():
     assert psnr(4.0) == 0
     assert psnr(0.04) == pytest.approx(20)

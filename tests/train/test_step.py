@@ -107,7 +107,7 @@ def test_losses_are_those_of_a_loop_over_examples(name, loss):
     model = tiny_model(quantizers()[name])
     batch = make_batch(3)
     keys = jax.random.split(jax.random.key(0), 3)
-    total, (metrics, _) = jax.jit(
+    total, (metrics, summed) = jax.jit(
         lambda model, batch: batch_losses(model, batch, loss, FixedDrop(3), 0.5, keys)
     )(model, on_device(batch))
 
@@ -126,6 +126,7 @@ def test_losses_are_those_of_a_loop_over_examples(name, loss):
     square = float(np.mean(np.square(errors)))
     reconstruction = square if isinstance(loss, MSE) else float(np.mean(np.abs(errors)))
     statistics = jax.tree.map(lambda *leaves: sum(leaves), *sums)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), summed, statistics)
     per_block = np.dot(quantizer_losses, counts) / sum(counts)
     quantizer = 0.5 * per_block + float(model.quantizer.batch_loss(statistics))
     expected = {
@@ -138,6 +139,24 @@ def test_losses_are_those_of_a_loop_over_examples(name, loss):
     assert float(total) == float(metrics["loss"])
     for key, value in expected.items():
         assert float(metrics[key]) == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def test_a_loss_need_not_know_of_padding():
+    def careless(prediction, target, valid, *, key=None):
+        return jnp.mean(jnp.square(prediction - target))
+
+    batch = make_batch(0)
+    noise = np.random.default_rng(0).integers(0, 256, batch.pixels.shape, dtype=np.uint8)
+    pixels = np.where(batch.valid[:, :, None, None, None, None], batch.pixels, noise)
+    keys = jax.random.split(jax.random.key(0), 3)
+    _, (metrics, _) = jax.jit(
+        lambda model, batch: batch_losses(model, batch, careless, FixedDrop(3), 0.5, keys)
+    )(tiny_model(), on_device(dataclasses.replace(batch, pixels=pixels)))
+    # Both sides are zero where there is padding, and only the division counts it.
+    share = batch.valid.mean()
+    assert float(metrics["reconstruction"]) == pytest.approx(
+        float(metrics["mse"]) * share, rel=1e-5
+    )
 
 
 def test_lengths_are_drawn_anew_for_every_step_and_block():

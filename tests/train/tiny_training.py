@@ -46,6 +46,7 @@ def tiny_model(
         heads=heads,
         rotary=RankRotary(1e4),
         std=0.1,
+        place_frequencies=2,
         key=jax.random.key(seed),
     )
 

@@ -180,14 +180,18 @@ def _attempt(action: Callable[[], _Result], failure: str, advice: str = "") -> _
     Orbax logs a failure with pages of its insides and goes on in other threads, which complain
     themselves, some of them not before the program ends. What matters of it is in our own error.
     """
-    logger = logging.getLogger("absl")
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
     logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = _without_closed_loops(hook)
     try:
         try:
-            return action()
+            result = action()
         except Exception as error:  # Orbax and tensorstore raise many kinds
             reason = _short(error)
+        else:
+            sys.unraisablehook = hook
+            return result
         # Only here, where nothing refers to the error any more, can its coroutines be collected.
         _settle()
     finally:
@@ -195,13 +199,20 @@ def _attempt(action: Callable[[], _Result], failure: str, advice: str = "") -> _
     raise CheckpointError(f"{failure}: {reason}{advice}")
 
 
-def _settle() -> None:
-    """Waits for Orbax's threads after a failure; not for ever: some wait for one that failed.
+def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """After a failure tensorstore reports dozens of times to event loops that Orbax has closed."""
 
-    From here on tensorstore may report to event loops that Orbax has closed, dozens of times.
-    """
+    def filtered(what: Any) -> None:
+        if str(what.exc_value) != "Event loop is closed":
+            hook(what)
+
+    return filtered
+
+
+def _settle() -> None:
+    """Waits for Orbax's threads after a failure; not for ever: some wait for one that failed."""
     deadline = time.monotonic() + 10
-    before = sys.unraisablehook
+    hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax."):
@@ -210,11 +221,6 @@ def _settle() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # coroutines that were never awaited
         gc.collect()
-
-    def hook(what: Any) -> None:
-        if str(what.exc_value) != "Event loop is closed":
-            before(what)
-
     sys.unraisablehook = hook
 
 

@@ -109,7 +109,7 @@ def fit(
 
         # 1. The state at step 0; a checkpoint, if there is one to resume, replaces all of it.
         state = jax.device_put(init_state(model, optimizer, jax.random.key(seed)), replicated(mesh))
-        data_state, meter, best = None, Meter(), None
+        data_state, meter, best = None, Meter(), {}
         run: RunFolder | None = None
         if out is not None:
             run = RunFolder(Path(out), resume=resume)
@@ -126,7 +126,7 @@ def fit(
             show.say(f"resuming at step {step}" if step else "nothing to resume: starting anew")
         if step >= steps:
             show.say(f"all {steps} steps are done")
-            return state.model
+            return _on_one_device(state.model, mesh)
 
         # 2. The data, from where the checkpoint left it, and the step, compiled for its shapes.
         if step > 0 and data_state is None:
@@ -167,7 +167,8 @@ def fit(
                 run.save_model(state.model)  # a model that cannot be saved should fail now
 
         # 4. The loop.
-        clock = _Clock(step)
+        clock = _Clock(step, batches.seconds_waited)
+        criterion = "running_loss" if validate is None else "validation_loss"
         under_way: Metrics | None = None
         stack.enter_context(_advice(run))
         while step < steps and stop.name is None:
@@ -197,7 +198,7 @@ def fit(
             if due:
                 _refuse_non_finite(state, step)
                 if validate is not None:
-                    line |= _validation(validate, _on_one_device(state.model), step)
+                    line |= _validation(validate, _on_one_device(state.model, mesh), step)
             if line:
                 for tracker in trackers:
                     tracker.log(step, line)
@@ -205,8 +206,8 @@ def fit(
                     run.write(step, line)
             if due and run is not None:
                 score = line.get("validation_loss", meter.running_loss)
-                if best is None or score <= best:
-                    best = score
+                if score <= best.get(criterion, math.inf):
+                    best = {criterion: score}
                     run.save_model(state.model)
                 run.checkpoints.save(state, _loop_state(batches, meter, best))
                 saved = step
@@ -218,11 +219,11 @@ def fit(
             if run is not None and step > saved:
                 meter.fetch()
                 _refuse_non_finite(state, step)
-                if best is None:
+                if not best:
                     run.save_model(state.model)
                 run.checkpoints.save(state, _loop_state(batches, meter, best))
                 show.say(f"saved in {run.path}; go on with resume=True (--resume)")
-        return _on_one_device(state.model)
+        return _on_one_device(state.model, mesh)
 
 
 def default_optimizer(steps: int) -> optax.GradientTransformation:
@@ -244,10 +245,10 @@ def default_quantizer_weight(model: ElasticTok) -> float:
 class _Clock:
     """Speed since the last line, without the time that was spent on checkpoints."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, waited: float):
         self._step = step
         self._since = time.perf_counter()
-        self._waited = 0.0
+        self._waited = waited
 
     def lap(self, step: int, waited: float) -> dict[str, float]:
         now = time.perf_counter()
@@ -263,7 +264,7 @@ class _Clock:
         self._since += seconds
 
 
-def _loop_state(batches: Batches, meter: Meter, best: float | None) -> dict[str, Any]:
+def _loop_state(batches: Batches, meter: Meter, best: dict[str, float]) -> dict[str, Any]:
     """What the loop needs besides the training state, to go on as if it had not stopped."""
     return {"data": batches.state, "meter": meter.state(), "best": best}
 
@@ -293,10 +294,10 @@ def _refuse_non_finite(state: TrainState, step: int) -> None:
         raise NonFiniteError(f"a weight of the model or optimizer is not finite after step {step}")
 
 
-def _on_one_device(model: ElasticTok) -> ElasticTok:
+def _on_one_device(model: ElasticTok, mesh: Mesh) -> ElasticTok:
     """Whoever uses the model next should not need to know of the mesh."""
     arrays, rest = eqx.partition(model, eqx.is_array)
-    return eqx.combine(jax.device_put(arrays, jax.local_devices()[0]), rest)
+    return eqx.combine(jax.device_put(arrays, mesh.devices.flat[0]), rest)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import jax
 from ._errors import NonFiniteError
 from ._step import Metrics
 
+_PENDING = 256  # steps whose metrics may stay on the device
 _MEMORY = 0.98  # of the running loss: it looks back over about 50 steps
 
 
@@ -33,8 +34,10 @@ class Meter:
         self._pending: list[tuple[int, Metrics]] = []
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Takes what the step gave, without waiting for it."""
+        """Takes what the step gave, most of the time without waiting for it."""
         self._pending.append((step, metrics))
+        if len(self._pending) == _PENDING:
+            self.fetch()
 
     def fetch(self) -> None:
         """Waits for the steps added so far.

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 from elastictok.models import ElasticTok, trainable
 
+from ._errors import DataError
 from ._losses import MSE, mean_over_valid
 
 Loss = Callable[..., Float[Array, ""]]
@@ -98,6 +99,11 @@ def batch_losses(
     """
     drop_key, model_key, loss_key = keys[0], keys[1], keys[2]
     examples, blocks, frames, height, width, _ = batch.pixels.shape
+    if frames != model.frames_per_block:
+        raise DataError(
+            f"the batches have blocks of {frames} frames and the model of {model.frames_per_block};"
+            " make them with Geometry(model.size, model.frames_per_block, model.context)"
+        )
     tokens = model.tokens_per_block(height, width)
     least = min(model.min_tokens, tokens)
     lengths = jax.vmap(lambda key: tail_drop(key, blocks, least, tokens))(
