@@ -137,6 +137,19 @@ def test_count_goes_strip_by_strip(monkeypatch):
     assert mask.draw(100, 100, width=50).count("#") == dense.reshape(50, 2, 50, 2).all((1, 3)).sum()
 
 
+@pytest.mark.parametrize("offset", [-9, 0, 7, 24, 60])
+@pytest.mark.parametrize(
+    "make", [Causal, lambda at: BlockCausal(5, at), lambda at: SlidingBlocks(5, 2, at)]
+)
+def test_bounds_of_positions_are_tight(make, offset):
+    mask, tile = make(jnp.int32(offset)), 4
+    seen = np.asarray(mask.dense(22, 50))
+    start, stop = mask.key_bounds(22, 50, tile)
+    for number, (first, last) in enumerate(zip(start, stop, strict=True)):
+        keys = np.flatnonzero(seen[number * tile : (number + 1) * tile].any(axis=0))
+        assert first >= last if len(keys) == 0 else (first, last) == (keys[0], keys[-1] + 1)
+
+
 def test_bounds_of_packed_documents_are_tight():
     """What makes packing cheap: a tile of a document meets that document alone."""
     ids = jnp.repeat(jnp.asarray([7, 3, 3, 0, 5]), 20)  # 100 tokens, labels in no order

@@ -1,0 +1,194 @@
+"""How fast attention is beside JAX's own dense attention, on this machine and in one run.
+
+    python benchmarks/attention.py [--repeats 7] [--out benchmarks/results/attention_cpu.md]
+
+The variants take turns, and the fastest of each one's turns counts, so that a machine that is busy
+with other work slows them alike: read the ratios. A gradient is `jax.vjp`: the output and the
+gradients of q, k and v. Memory is what XLA plans for its temporaries, arguments and results aside.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elastictok.attention import AbstractMask, BlockCausal, KeyValid, Segments, attention
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, AbstractMask], jax.Array]
+
+
+def _dense(q: jax.Array, k: jax.Array, v: jax.Array, mask: AbstractMask) -> jax.Array:
+    seen = mask.dense(q.shape[0], k.shape[0])[None]
+    return jax.nn.dot_product_attention(q, k, v, mask=seen, implementation="xla")
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: AbstractMask) -> jax.Array:
+    return attention(q, k, v, mask, implementation="xla")
+
+
+def _reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: AbstractMask) -> jax.Array:
+    return attention(q, k, v, mask, implementation="reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Arrays of a batch, and a mask made of one array per example."""
+
+    title: str
+    queries: int
+    keys: int
+    fact: np.ndarray  # [batch ...]
+    mask: Callable[[jax.Array], AbstractMask]
+    heads: int = 4
+    head_dim: int = 64
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    seconds: float
+    temporary: int  # bytes
+
+
+def packed(length: int, block: int, batch: int = 1, dtype: str = "float32") -> Case:
+    """Two documents in each sequence, the first a little shorter."""
+    ids = np.tile(np.where(np.arange(length) < 0.44 * length, 1, 2), (batch, 1))
+    title = f"{batch} x {length} tokens, block {block}, two documents, {dtype}"
+    mask = lambda ids: BlockCausal(block) & Segments(ids)  # noqa: E731
+    return Case(title, length, length, ids, mask, dtype=dtype)
+
+
+def cached(capacity: int, written: int, block: int) -> Case:
+    """The next block of a stream meets its cache."""
+
+    def mask(at: jax.Array) -> AbstractMask:
+        return BlockCausal(block, at) & KeyValid(jnp.arange(capacity) < at + block)
+
+    at = np.asarray([written - block], np.int32)
+    title = f"one block of {block} against a cache of {capacity}, {written} written"
+    return Case(title, block, capacity, at, mask)
+
+
+def programs(case: Case, variants: dict[str, Attend]) -> Iterator[tuple[str, str, Callable]]:
+    """Each variant's compiled forward pass and gradient, ready to call."""
+    rng = np.random.default_rng(0)
+    shape = (len(case.fact), case.queries, case.heads, case.head_dim)
+    q, d_out = (jnp.asarray(rng.normal(size=shape), case.dtype) for _ in range(2))
+    shape = (len(case.fact), case.keys, case.heads, case.head_dim)
+    k, v = (jnp.asarray(rng.normal(size=shape), case.dtype) for _ in range(2))
+    fact = jnp.asarray(case.fact)
+    for name, attend in variants.items():
+
+        def forward(q, k, v, fact, attend=attend):
+            return jax.vmap(lambda q, k, v, fact: attend(q, k, v, case.mask(fact)))(q, k, v, fact)
+
+        def gradient(q, k, v, fact, d_out, forward=forward):
+            out, pull = jax.vjp(lambda q, k, v: forward(q, k, v, fact), q, k, v)
+            return out, pull(d_out)
+
+        yield name, "forward", jax.jit(forward).lower(q, k, v, fact).compile(), (q, k, v, fact)
+        args = (q, k, v, fact, d_out)
+        yield name, "gradient", jax.jit(gradient).lower(*args).compile(), args
+
+
+def measure(
+    case: Case, variants: dict[str, Attend], repeats: int
+) -> dict[tuple[str, str], Measured]:
+    ready = list(programs(case, variants))
+    fastest = dict.fromkeys(((name, what) for name, what, *_ in ready), float("inf"))
+    for turn in range(repeats + 1):
+        for name, what, run, args in ready:
+            start = time.perf_counter()
+            jax.block_until_ready(run(*args))
+            if turn:  # the first one warms up
+                took = time.perf_counter() - start
+                fastest[name, what] = min(fastest[name, what], took)
+    memory = {(name, what): run.memory_analysis() for name, what, run, _ in ready}
+    return {
+        key: Measured(fastest[key], memory[key].temp_size_in_bytes if memory[key] else 0)
+        for key in fastest
+    }
+
+
+def compare(case: Case, repeats: int) -> Iterator[str]:
+    """A table of all variants against the dense one."""
+    variants = {"dense": _dense, "reference": _reference, "xla": _xla}
+    results = measure(case, variants, repeats)
+    yield f"\n### {case.title}\n"
+    yield "| | forward ms | times faster | gradient ms | times faster | memory MB | of dense |"
+    yield "|---|---|---|---|---|---|---|"
+    dense = {what: results["dense", what] for what in ("forward", "gradient")}
+    for name in variants:
+        cells = [f"`{name}`"]
+        for what in ("forward", "gradient"):
+            result = results[name, what]
+            ratio = dense[what].seconds / result.seconds
+            cells += [f"{result.seconds * 1e3:.2f}", f"{ratio:.2f}"]
+        own, theirs = results[name, "gradient"].temporary, dense["gradient"].temporary
+        cells += [f"{own / 2**20:.1f}", f"{own / theirs:.2f}"]
+        yield f"| {' | '.join(cells)} |"
+
+
+def per_pair(lengths: list[int], block: int, repeats: int) -> Iterator[str]:
+    """Whether the time of a visible pair stays the same as the sequence grows."""
+    yield f"\n### Time per visible pair of tokens, four heads, block {block}, two documents\n"
+    yield "| tokens | visible | forward ns | gradient ns | memory MB |"
+    yield "|---|---|---|---|---|"
+    for length in lengths:
+        case = packed(length, block)
+        visible = case.mask(jnp.asarray(case.fact[0])).count(length, length)
+        results = measure(case, {"xla": _xla}, repeats)
+        forward, gradient = results["xla", "forward"], results["xla", "gradient"]
+        yield (
+            f"| {length} | {visible / length**2:.0%} | {forward.seconds / visible * 1e9:.2f} "
+            f"| {gradient.seconds / visible * 1e9:.2f} | {gradient.temporary / 2**20:.1f} |"
+        )
+
+
+def machine() -> Iterator[str]:
+    device = jax.devices()[0]
+    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+    yield f"- {datetime.date.today()}, jax {jax.__version__}, Python {platform.python_version()}"
+    yield f"- {device.device_kind} ({device.platform}), {os.cpu_count()} cores"
+    yield f"- load of the machine over 1, 5 and 15 minutes at the start: {load}"
+
+
+def report(repeats: int) -> Iterator[str]:
+    yield "# Attention: `xla` beside `jax.nn.dot_product_attention` with a dense mask\n"
+    yield "Written by `python benchmarks/attention.py --out FILE`; four heads of 64 throughout.\n"
+    yield from machine()
+    yield "\n## Long sequences"
+    yield from compare(packed(4096, 512), repeats)
+    yield from compare(packed(4096, 512, dtype="bfloat16"), repeats)
+    yield from per_pair([2048, 4096, 8192, 16384], 512, max(repeats // 2, 1))
+    yield "\n## Short sequences, in a batch"
+    for length in (64, 128, 256):
+        yield from compare(packed(length, length // 4, batch=32), 4 * repeats)
+    yield "\n## A stream"
+    yield from compare(cached(16384, 2304, 256), repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each variant")
+    parser.add_argument("--out", type=Path, help="a Markdown file to write as well")
+    arguments = parser.parse_args()
+    lines = []
+    for line in report(arguments.repeats):
+        print(line, flush=True)
+        lines.append(line)
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
