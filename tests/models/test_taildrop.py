@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastictok.models import FixedDrop, LogUniformDrop, UniformDrop
+from elastictok.models import FixedDrop, LogUniformDrop, UniformDrop, WithFull
 
 
 @given(seed=st.integers(0, 1000), low=st.integers(1, 5), width=st.integers(0, 8))
 def test_lengths_stay_within_their_bounds(seed, low, width):
-    for policy in (UniformDrop(), LogUniformDrop(), FixedDrop(3)):
+    for policy in (UniformDrop(), LogUniformDrop(), FixedDrop(3), WithFull(UniformDrop(), 0.5)):
         lengths = np.asarray(policy(jax.random.key(seed), 64, low, low + width))
         assert lengths.shape == (64,)
         assert lengths.dtype == np.int32
@@ -36,3 +36,11 @@ def test_fixed_drop_is_clipped_to_what_the_block_has():
     assert set(np.asarray(FixedDrop(40)(jax.random.key(0), 3, 2, 16))) == {16}
     with pytest.raises(ValueError, match="length is 0"):
         FixedDrop(0)
+
+
+def test_with_full_keeps_all_tokens_of_its_share_and_the_inner_lengths_elsewhere():
+    lengths = np.asarray(WithFull(FixedDrop(5), 0.25)(jax.random.key(0), 10_000, 4, 16))
+    assert set(lengths) == {5, 16}
+    assert abs((lengths == 16).sum() - 2500) < 5 * np.sqrt(10_000 * 0.25 * 0.75)
+    with pytest.raises(ValueError, match=r"share is 1.5"):
+        WithFull(UniformDrop(), 1.5)

@@ -13,7 +13,7 @@ import numpy as np
 from elastictok.data import Geometry, RandomCrop, load_folders, write_clip, write_picture
 from elastictok.eval import Evaluation, Item, length_settings, threshold_settings
 from elastictok.inference import MSE, FixedLength, Tokenizer
-from elastictok.models import ElasticTok, presets
+from elastictok.models import ElasticTok, UniformDrop, WithFull, presets
 from elastictok.train import Cosine, fit, muon
 
 from ._commands import Demo
@@ -24,6 +24,7 @@ LENGTHS = (4, 8, 16, 32, 48, 64)
 THRESHOLD = 0.03
 BATCH_SIZE = 8
 IMAGE_SHARE = 0.5
+FULL_SHARE = 0.2  # of the training blocks, which keep all their tokens
 TRAINING_CLIPS = 48
 # Pictures and the clip that the report shows and whose tokens are kept as files.
 SHOWN = ("chelsea-00", "chelsea-01", "rocket-00", "rocket-01", "camera-00", "camera-01")
@@ -86,6 +87,7 @@ def train(command: Demo, model: ElasticTok, samples: Samples) -> ElasticTok:
         steps=command.steps,
         out=command.out,
         optimizer=muon(schedule=Cosine(command.steps, warmup=min(20, command.steps // 10))),
+        tail_drop=WithFull(UniformDrop(), FULL_SHARE),
         seed=command.seed,
         save_every=command.steps,
     )
@@ -157,9 +159,10 @@ def notes_for(
         f"on clips made from them; measured on {len(samples.pictures)} random crops of others "
         f"({', '.join(TEST)}) and a clip made from those.",
         "Tokens are in coarse-to-fine order (every prefix covers the whole picture, a quarter of "
-        "the tokens starts from every second cell on both axes) and the model is told each "
-        "token's cell. Neither is in the paper, whose raster order needs far longer training to "
-        "be of use at short lengths.",
+        "the tokens starts from every second cell on both axes), the model is told each token's "
+        f"cell, and {FULL_SHARE:.0%} of the training blocks keep all tokens, the others a uniformly "
+        "drawn number. Only the last is in the paper, whose raster order needs far longer "
+        "training to be of use at short lengths.",
         "PCA and DCT were fitted to the training photographs, and spend the same bits on a patch "
-        "as the model on a token. Block means are counted as floats: their bits are not.",
+        "as the model on a token. Block means take 8 bits for each colour.",
     )

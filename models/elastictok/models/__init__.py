@@ -15,7 +15,7 @@ from ._order import AbstractOrder, CoarseToFine, Raster
 from ._patching import Patching
 from ._place import PlaceEmbedding
 from ._rope import AbstractRotary, CellRotary, RankRotary, rotary, rotate
-from ._taildrop import AbstractTailDrop, FixedDrop, LogUniformDrop, UniformDrop
+from ._taildrop import AbstractTailDrop, FixedDrop, LogUniformDrop, UniformDrop, WithFull
 from ._transformer import KVCache, Linear, RMSNorm, SwiGLU, Transformer, count_parameters
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "SwiGLU",
     "Transformer",
     "UniformDrop",
+    "WithFull",
     "count_parameters",
     "fingerprint",
     "load",

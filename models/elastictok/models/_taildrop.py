@@ -58,3 +58,25 @@ class FixedDrop(AbstractTailDrop):
         self, key: Key[Array, ""], blocks: int, min_tokens: int, max_tokens: int
     ) -> Int[Array, "blocks"]:
         return jnp.full((blocks,), min(max(self.length, min_tokens), max_tokens), jnp.int32)
+
+
+class WithFull(AbstractTailDrop):
+    """Another policy's lengths, but all tokens for a share of the blocks.
+
+    A uniform length is hardly ever the full one, which is where most detail is to be learnt. Not in
+    the paper.
+    """
+
+    inner: AbstractTailDrop
+    share: float = eqx.field(static=True)
+
+    def __check_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share}; it must be between 0 and 1")
+
+    def __call__(
+        self, key: Key[Array, ""], blocks: int, min_tokens: int, max_tokens: int
+    ) -> Int[Array, "blocks"]:
+        choice, drawn = jax.random.split(key)
+        full = jax.random.bernoulli(choice, self.share, (blocks,))
+        return jnp.where(full, max_tokens, self.inner(drawn, blocks, min_tokens, max_tokens))
