@@ -160,9 +160,9 @@ def notes_for(
         f"({', '.join(TEST)}) and a clip made from those.",
         "Tokens are in coarse-to-fine order (every prefix covers the whole picture, a quarter of "
         "the tokens starts from every second cell on both axes), the model is told each token's "
-        f"cell, and {FULL_SHARE:.0%} of the training blocks keep all tokens, the others a uniformly "
-        "drawn number. Only the last is in the paper, whose raster order needs far longer "
-        "training to be of use at short lengths.",
+        f"cell, and {FULL_SHARE:.0%} of the training blocks keep all tokens, the others a "
+        "uniformly drawn number. Only the last is in the paper, whose raster order needs far "
+        "longer training to be of use at short lengths.",
         "PCA and DCT were fitted to the training photographs, and spend the same bits on a patch "
         "as the model on a token. Block means take 8 bits for each colour.",
     )
