@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from elastictok.data import find_media, read_media
 from elastictok.inference import Tokens
 from elastictok.models import load
