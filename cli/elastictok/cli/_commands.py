@@ -24,7 +24,7 @@ class Demo:
 
     out: Output = Path("elastictok-demo")
     """Folder for everything; must not exist or be empty."""
-    steps: int = 1300
+    steps: int = 1100
     """Training steps. Fewer are faster and worse."""
     seed: int = 0
     """Of the weights, the order of the data and the kept lengths."""
