@@ -41,6 +41,7 @@ def main() -> None:
     text = describe(evaluations, steps, seconds)
     print(text)
     if arguments.write:
+        RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(text, encoding="utf-8")
 
 
