@@ -155,10 +155,15 @@ def per_pair(lengths: list[int], block: int, repeats: int) -> Iterator[str]:
 
 def machine() -> Iterator[str]:
     device = jax.devices()[0]
-    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     yield f"- {datetime.date.today()}, jax {jax.__version__}, Python {platform.python_version()}"
     yield f"- {device.device_kind} ({device.platform}), {os.cpu_count()} cores"
-    yield f"- load of the machine over 1, 5 and 15 minutes at the start: {load}"
+    yield f"- runnable processes at the start: {load()}"
+
+
+def load() -> str:
+    """How busy the machine was: more processes than cores, and times stretch."""
+    one, five, _ = os.getloadavg()
+    return f"{one:.1f} over the last minute, {five:.1f} over the last five"
 
 
 def report(repeats: int) -> Iterator[str]:
@@ -174,6 +179,7 @@ def report(repeats: int) -> Iterator[str]:
         yield from compare(packed(length, length // 4, batch=32), 4 * repeats)
     yield "\n## A stream"
     yield from compare(cached(16384, 2304, 256), repeats)
+    yield f"\nRunnable processes at the end: {load()}."
 
 
 def main() -> None:
