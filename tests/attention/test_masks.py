@@ -23,6 +23,7 @@ from elastictok.attention import (
     Segments,
     SlidingBlocks,
 )
+from elastictok.attention._masks import ranges
 
 # Lengths: few, because each compiles.
 LENGTHS = [(37, 37), (12, 50), (50, 12), (1, 40)]
@@ -129,12 +130,58 @@ def test_count_and_picture(case):
     assert {len(line) for line in lines} == {-(-keys // cell)}
 
 
-def test_count_goes_strip_by_strip(monkeypatch):
-    monkeypatch.setattr("elastictok.attention._masks._PAIRS_AT_ONCE", 300)
-    mask = BlockCausal(7) & KeyValid(np.arange(100) % 3 > 0)
-    dense = np.asarray(mask.dense(100, 100))
-    assert mask.count(100, 100) == dense.sum()
-    assert mask.draw(100, 100, width=50).count("#") == dense.reshape(50, 2, 50, 2).all((1, 3)).sum()
+def test_count_looks_into_no_more_tiles_than_it_must(monkeypatch):
+    from elastictok.attention import _masks
+
+    looked = []
+
+    def spy(*args):
+        looked.append(args)
+        return real(*args)
+
+    real = _masks._count_tile
+    monkeypatch.setattr(_masks, "_TILE", 16)
+    monkeypatch.setattr(_masks, "_count_tile", spy)
+    mask = BlockCausal(7) & KeyValid(np.arange(100) < 90)
+    assert mask.count(100, 100) == np.asarray(mask.dense(100, 100)).sum()
+    assert 0 < len(looked) < 7 + 7 + 7  # the diagonal and where the valid keys end
+    looked.clear()
+    assert BlockCausal(32).count(128, 128) == 32**2 * 10
+    assert Causal().count(0, 10) == Causal().count(10, 0) == 0
+    assert not looked
+
+
+@given(masks(), st.sampled_from(TILES), st.sampled_from(TILES))
+def test_ranges_of_facts_never_say_too_little(case, q_tile, k_tile):
+    """May a tile hold a visible pair? Is all of it visible? Never "no", or "yes", by mistake."""
+    mask, truth = case[0](), case[1]
+    queries, keys = truth.shape
+    query = ranges(mask.of_queries(jnp.arange(queries)), q_tile)
+    key = ranges(mask.of_keys(jnp.arange(keys)), k_tile)
+    query = jax.tree.map(lambda x: x[:, None], query)
+    shape = (-(-queries // q_tile), -(-keys // k_tile))
+    may, every = (np.broadcast_to(ask(query, key), shape) for ask in (mask.may_see, mask.sees_all))
+    for i, j in np.ndindex(shape):
+        tile = truth[i * q_tile : (i + 1) * q_tile, j * k_tile : (j + 1) * k_tile]
+        assert may[i, j] >= tile.any()
+        assert every[i, j] <= tile.all()
+
+
+def test_ranges_of_facts_leave_few_doubts():
+    """Away from the diagonal and from the ends of documents nothing is in doubt."""
+    mask = SlidingBlocks(16, 2) & Segments(jnp.arange(128) // 64) & KeyValid(jnp.arange(128) < 112)
+    query, key = (ranges(f(jnp.arange(128)), 16) for f in (mask.of_queries, mask.of_keys))
+    query = jax.tree.map(lambda x: x[:, None], query)
+    tiles = np.asarray(mask.dense(128, 128)).reshape(8, 16, 8, 16)
+    np.testing.assert_array_equal(mask.may_see(query, key), tiles.any((1, 3)))
+    np.testing.assert_array_equal(mask.sees_all(query, key), tiles.all((1, 3)))
+
+
+def test_a_picture_of_a_long_sequence_looks_at_samples():
+    mask = BlockCausal(2**16) & Segments(np.arange(2**20) // 2**18)
+    lines = mask.draw(2**20, 2**20, width=16).splitlines()
+    truth = np.asarray((BlockCausal(1) & Segments(np.arange(16) // 4)).dense(16, 16))
+    assert lines == ["".join("#" if seen else "." for seen in row) for row in truth]
 
 
 @pytest.mark.parametrize("offset", [-9, 0, 7, 24, 60])
@@ -219,8 +266,29 @@ def test_and_is_flat_and_readable():
     mask = (a & b) & (c & a)
     assert isinstance(mask, And)
     assert mask.masks == (a, b, c, a)
-    assert str(a & b) == f"{a} & {b}"
-    assert str(a).startswith("BlockCausal(block=4")
+
+
+def test_a_mask_prints_its_picture():
+    assert str(BlockCausal(8)).splitlines() == [
+        "BlockCausal(block=8), 32 queries (down) x 32 keys (across)",
+        *["####............"] * 4,
+        *["########........"] * 4,
+        *["############...."] * 4,
+        *["################"] * 4,
+    ]
+    both = str(BlockCausal(2, offset=2) & Segments([1, 1, 2, 2], [0, 0, 1, 1, 2, 2]))
+    assert both.splitlines()[1:] == ["..##..", "..##..", "....##", "....##"]
+    assert both.startswith("BlockCausal(block=2, offset=2) & Segments(")
+    cache = SlidingBlocks(4, 2, offset=jnp.int32(8)) & KeyValid(np.arange(24) < 14)
+    lines = str(cache).splitlines()
+    assert "16 queries (down) x 24 keys (across)" in lines[0]
+    assert lines[1] == "..####......"
+    assert lines[5] == "......#....."
+    assert [len(lines), lines[-1]] == [1 + 8, "............"]
+    said = []
+    jax.eval_shape(lambda at: said.append(str(Causal(at))), 1)
+    assert said[0].startswith("Causal(offset=")
+    assert said[0].endswith("(traced: no picture)")
 
 
 def test_two_offsets_in_one_mask_are_an_error():

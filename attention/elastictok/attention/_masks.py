@@ -1,11 +1,12 @@
 """Masks as data: who sees whom, without a (queries, keys) array.
 
-A mask says three things, each linear in the length of the sequence:
+A mask says three things, none of them more than linear in the length of the sequence:
 
 - what is known of each query and of each key (`of_queries`, `of_keys`), and whether a query of
   which this is known sees a key of which that is known (`sees`): the exact predicate;
-- between which keys a tile of queries can see anything at all (`key_bounds`), which lets a kernel
-  skip the rest: conservative, so it may name too many keys but never too few;
+- between which keys a tile of queries can see anything at all (`key_bounds`), and whether some or
+  every pair of a tile is visible given the range of its facts (`may_see`, `sees_all`), which lets a
+  kernel skip the rest: conservative, so it may name too many keys but never too few;
 - the dense picture (`dense`), written independently of the above, as the oracle for both.
 
 Positions, labels and validity may be traced and vmapped: a new offset never recompiles.
@@ -13,7 +14,6 @@ Positions, labels and validity may be traced and vmapped: a new offset never rec
 
 import abc
 import functools
-from collections.abc import Iterator
 
 import equinox as eqx
 import jax
@@ -24,16 +24,19 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 Offset = int | np.integer | Int[Array, ""]
 Bounds = tuple[Int[Array, "tiles"], Int[Array, "tiles"]]
+# The smallest and the largest of what is known of the queries, or the keys, of a tile.
+Range = tuple[PyTree[Array], PyTree[Array]]
 
-# How many (query, key) pairs `count` and `draw` look at in one go: 16 MB of booleans.
-_PAIRS_AT_ONCE = 2**24
+# Queries, and keys, that `count` looks at in one go.
+_TILE = 512
 
 
 class AbstractMask(eqx.Module):
     """Which keys each query sees. Combine masks with `&`.
 
     Everything that is not an array or a number must be a static field. A new mask implements the
-    six abstract methods below; `tests/attention` has one suite for all masks.
+    six abstract methods below, and `may_see` and `sees_all` if kernels are to skip more tiles than
+    `key_bounds` spares them. `docs/attention.md` shows one from beginning to end.
     """
 
     @abc.abstractmethod
@@ -76,6 +79,25 @@ class AbstractMask(eqx.Module):
         from `stop` on. A tile that sees nothing has `start >= stop`.
         """
 
+    def may_see(self, query: Range, key: Range) -> Bool[Array, "..."]:
+        """Whether a tile may hold a visible pair, given the range of its facts.
+
+        Elementwise with broadcasting, like `sees`, and as conservative as `key_bounds`: true where
+        in doubt. Order is that of the numbers, and false comes before true.
+
+        **Arguments:**
+
+        - `query`: the smallest and the largest of each fact over the tile's queries.
+        - `key`: the same over its keys.
+        """
+        return jnp.ones((), bool)
+
+    def sees_all(self, query: Range, key: Range) -> Bool[Array, "..."]:
+        """Whether all pairs of a tile are visible, given the range of its facts: false where in
+        doubt. Where true, a kernel does not ask `sees`.
+        """
+        return jnp.zeros((), bool)
+
     def visible(
         self, q_indices: Int[Array, "..."], k_indices: Int[Array, "..."]
     ) -> Bool[Array, "..."]:
@@ -84,8 +106,23 @@ class AbstractMask(eqx.Module):
         return jnp.broadcast_to(seen, jnp.broadcast_shapes(q_indices.shape, k_indices.shape))
 
     def count(self, queries: int, keys: int) -> int:
-        """The number of visible pairs. Needs a concrete mask; memory is bounded, time is not."""
-        return sum(int(strip.sum()) for _, strip in _strips(self, queries, keys))
+        """The number of visible pairs. Needs a concrete mask.
+
+        Looks into a tile of `512 x 512` pairs only where the range of its facts leaves a doubt:
+        the time grows with the tiles on the edges of what is visible.
+        """
+        self.check(queries, keys)
+        if queries == 0 or keys == 0:
+            return 0
+        tile = _TILE
+        rows, columns = (np.arange(0, n, tile) for n in (queries, keys))
+        sizes = (np.minimum(tile, n - at) for n, at in ((queries, rows), (keys, columns)))
+        pairs = functools.reduce(np.multiply.outer, sizes)
+        some, every = (np.broadcast_to(x, pairs.shape) for x in _doubt(self, queries, keys, tile))
+        total = int(pairs[every].sum())
+        for i, j in np.argwhere(some & ~every):
+            total += int(_count_tile(self, rows[i], columns[j], queries, keys, tile))
+        return total
 
     def draw(self, queries: int, keys: int, *, width: int = 64) -> str:
         """A small picture: `#` a fully visible cell, `+` a partly visible one, `.` an empty one.
@@ -93,18 +130,37 @@ class AbstractMask(eqx.Module):
         **Arguments:**
 
         - `queries`, `keys`: the lengths.
-        - `width`: the most characters in a line. One character covers a square of positions.
+        - `width`: the most characters in a line. One character covers a square of positions, of
+          which at most 32 x 32, evenly spread, are looked at.
         """
+        self.check(queries, keys)
         cell = -(-max(queries, keys, 1) // width)
-        columns = np.arange(0, keys, cell)
-        seen = np.zeros((-(-queries // cell), len(columns)), np.int64)
-        for start, strip in _strips(self, queries, keys):
-            for row, line in enumerate(np.add.reduceat(strip, columns, axis=1, dtype=np.int64)):
-                seen[(start + row) // cell] += line
-        rows = np.arange(0, queries, cell)
-        size = np.diff(rows, append=queries)[:, None] * np.diff(columns, append=keys)
-        symbols = np.where(seen == size, "#", np.where(seen > 0, "+", "."))
+        rows, row_starts = _samples(queries, cell)
+        columns, column_starts = _samples(keys, cell)
+        if len(rows) == 0 or len(columns) == 0:
+            return "\n".join("" for _ in row_starts)
+        seen = np.asarray(_visible(self, rows[:, None], columns[None, :]))
+        every, some = (
+            np.asarray(
+                ufunc.reduceat(ufunc.reduceat(seen, row_starts, axis=0), column_starts, axis=1)
+            )
+            for ufunc in (np.logical_and, np.logical_or)
+        )
+        symbols = np.where(every, "#", np.where(some, "+", "."))
         return "\n".join("".join(line) for line in symbols)
+
+    def extent(self) -> tuple[int | None, int | None]:
+        """The numbers of queries and keys that the mask is made for; `None` where any will do."""
+        return None, None
+
+    def __str__(self) -> str:
+        """The parts, and a picture at the mask's own lengths or at some that show its shape."""
+        title = " & ".join(map(repr, _parts(self)))
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
+            return f"{title} (traced: no picture)"
+        queries, keys = _lengths_to_show(self)
+        drawn = self.draw(queries, keys, width=16)
+        return f"{title}, {queries} queries (down) x {keys} keys (across)\n{drawn}"
 
     def __and__(self, other: "AbstractMask") -> "And":
         """The pairs that both masks let through."""
@@ -115,6 +171,10 @@ class AbstractPositional(AbstractMask):
     """A mask on positions: the query at index `i` stands at `i + offset`, key `j` at `j`."""
 
     offset: eqx.AbstractVar[Offset]
+
+    @abc.abstractmethod
+    def few(self) -> int:
+        """So many tokens that a picture of them shows what the mask does."""
 
     def check(self, queries: int, keys: int) -> None:
         pass  # any lengths do
@@ -134,6 +194,9 @@ class Causal(AbstractPositional):
 
     offset: Offset = eqx.field(default=0, converter=_offset)
 
+    def few(self) -> int:
+        return 16
+
     def dense(self, queries: int, keys: int) -> Bool[Array, "{queries} {keys}"]:
         return jnp.arange(keys)[None, :] <= jnp.arange(queries)[:, None] + self.offset
 
@@ -145,6 +208,12 @@ class Causal(AbstractPositional):
 
     def sees(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
         return key <= query
+
+    def may_see(self, query: Range, key: Range) -> Bool[Array, "..."]:
+        return key[0] <= query[1]
+
+    def sees_all(self, query: Range, key: Range) -> Bool[Array, "..."]:
+        return key[1] <= query[0]
 
     def key_bounds(self, queries: int, keys: int, tile: int) -> Bounds:
         _, last = _first_and_last(queries, tile)
@@ -170,6 +239,9 @@ class BlockCausal(AbstractPositional):
     def __check_init__(self) -> None:
         _check_block(self.block)
 
+    def few(self) -> int:
+        return 4 * self.block
+
     def dense(self, queries: int, keys: int) -> Bool[Array, "{queries} {keys}"]:
         query_block = (jnp.arange(queries) + self.offset) // self.block
         key_block = jnp.arange(keys) // self.block
@@ -183,6 +255,12 @@ class BlockCausal(AbstractPositional):
 
     def sees(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
         return key <= query
+
+    def may_see(self, query: Range, key: Range) -> Bool[Array, "..."]:
+        return key[0] <= query[1]
+
+    def sees_all(self, query: Range, key: Range) -> Bool[Array, "..."]:
+        return key[1] <= query[0]
 
     def key_bounds(self, queries: int, keys: int, tile: int) -> Bounds:
         _, last = _first_and_last(queries, tile)
@@ -210,6 +288,9 @@ class SlidingBlocks(AbstractPositional):
                 f"window is {self.window} blocks; it must be at least 1, the query's own block"
             )
 
+    def few(self) -> int:
+        return (self.window + 2) * self.block
+
     def dense(self, queries: int, keys: int) -> Bool[Array, "{queries} {keys}"]:
         query_block = ((jnp.arange(queries) + self.offset) // self.block)[:, None]
         key_block = (jnp.arange(keys) // self.block)[None, :]
@@ -223,6 +304,12 @@ class SlidingBlocks(AbstractPositional):
 
     def sees(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
         return (key <= query) & (query - key < self.window)
+
+    def may_see(self, query: Range, key: Range) -> Bool[Array, "..."]:
+        return (key[0] <= query[1]) & (query[0] - key[1] < self.window)
+
+    def sees_all(self, query: Range, key: Range) -> Bool[Array, "..."]:
+        return (key[1] <= query[0]) & (query[1] - key[0] < self.window)
 
     def key_bounds(self, queries: int, keys: int, tile: int) -> Bounds:
         first, last = (self.of_queries(end) for end in _first_and_last(queries, tile))
@@ -245,6 +332,9 @@ class Full(AbstractMask):
         return ()
 
     def sees(self, query: PyTree[Array], key: PyTree[Array]) -> Bool[Array, "..."]:
+        return jnp.ones((), bool)
+
+    def sees_all(self, query: Range, key: Range) -> Bool[Array, "..."]:
         return jnp.ones((), bool)
 
     def key_bounds(self, queries: int, keys: int, tile: int) -> Bounds:
@@ -286,6 +376,12 @@ class Segments(AbstractMask):
     def sees(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
         return query == key
 
+    def may_see(self, query: Range, key: Range) -> Bool[Array, "..."]:
+        return (query[0] <= key[1]) & (key[0] <= query[1])
+
+    def sees_all(self, query: Range, key: Range) -> Bool[Array, "..."]:
+        return (query[0] == query[1]) & (key[0] == key[1]) & (query[0] == key[0])
+
     def key_bounds(self, queries: int, keys: int, tile: int) -> Bounds:
         # A stable sort puts the keys of one segment side by side, the first one first and the last
         # one last: exact for every label, whatever their order. O(S log S), and S small integers.
@@ -300,6 +396,9 @@ class Segments(AbstractMask):
         first = jnp.pad(first, fill, constant_values=keys).reshape(-1, tile)
         last = jnp.pad(last, fill, constant_values=-1).reshape(-1, tile)
         return first.min(axis=1), last.max(axis=1) + 1
+
+    def extent(self) -> tuple[int | None, int | None]:
+        return len(self.q_ids), len(self._key_ids())
 
     def _key_ids(self) -> Int[Array, "keys"]:
         return self.q_ids if self.k_ids is None else self.k_ids
@@ -332,6 +431,15 @@ class KeyValid(AbstractMask):
 
     def sees(self, query: PyTree[Array], key: Bool[Array, "..."]) -> Bool[Array, "..."]:
         return key
+
+    def may_see(self, query: Range, key: Range) -> Bool[Array, "..."]:
+        return key[1]
+
+    def sees_all(self, query: Range, key: Range) -> Bool[Array, "..."]:
+        return key[0]
+
+    def extent(self) -> tuple[int | None, int | None]:
+        return None, len(self.valid)
 
     def key_bounds(self, queries: int, keys: int, tile: int) -> Bounds:
         where = jnp.arange(keys)
@@ -397,12 +505,39 @@ class And(AbstractMask):
         )
         return functools.reduce(jnp.maximum, starts), functools.reduce(jnp.minimum, stops)
 
-    def __str__(self) -> str:
-        return " & ".join(map(str, self.masks))
+    def may_see(self, query: Range, key: Range) -> Bool[Array, "..."]:
+        tiles = zip(self.masks, *query, *key, strict=True)
+        return functools.reduce(
+            jnp.logical_and, (part.may_see((a, b), (c, d)) for part, a, b, c, d in tiles)
+        )
+
+    def sees_all(self, query: Range, key: Range) -> Bool[Array, "..."]:
+        tiles = zip(self.masks, *query, *key, strict=True)
+        return functools.reduce(
+            jnp.logical_and, (part.sees_all((a, b), (c, d)) for part, a, b, c, d in tiles)
+        )
+
+    def extent(self) -> tuple[int | None, int | None]:
+        some = [part.extent() for part in self.masks]
+        queries, keys = (
+            next((n for n in side if n is not None), None) for side in zip(*some, strict=True)
+        )
+        return queries, keys
 
 
 def _parts(mask: AbstractMask) -> tuple[AbstractMask, ...]:
     return mask.masks if isinstance(mask, And) else (mask,)
+
+
+def _lengths_to_show(mask: AbstractMask) -> tuple[int, int]:
+    """The lengths that a mask is made for, or a few blocks."""
+    queries, keys = mask.extent()
+    positional = [part for part in _parts(mask) if isinstance(part, AbstractPositional)]
+    offset = max([int(part.offset) for part in positional], default=0)
+    if queries is None:
+        few = max([part.few() for part in positional], default=8)
+        queries = few if keys is None else max(min(few, keys - offset), 1)
+    return queries, max(queries + offset, 1) if keys is None else keys
 
 
 def _check_block(block: int) -> None:
@@ -428,15 +563,50 @@ def _clip(start: Int[Array, "tiles"], stop: Int[Array, "tiles"], keys: int) -> B
     return jnp.clip(start, 0, keys), jnp.clip(stop, 0, keys)
 
 
-def _strips(mask: AbstractMask, queries: int, keys: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The dense mask, a few rows at a time."""
-    mask.check(queries, keys)
-    rows = max(1, min(queries, _PAIRS_AT_ONCE // max(keys, 1)))
-    for start in range(0, queries, rows):
-        at = np.minimum(np.arange(start, start + rows), queries - 1)
-        yield start, np.asarray(_strip(mask, at, keys))[: queries - start]
+def ranges(facts: PyTree[Array], tile: int) -> Range:
+    """The smallest and the largest fact of each tile: from [... length] to [... tiles]."""
+
+    def cut(x: Array) -> Array:
+        last = -x.shape[-1] % tile  # repeats the last one, which changes neither
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, last)], mode="edge")
+        return x.reshape(*x.shape[:-1], -1, tile)
+
+    tiles = jax.tree.map(cut, facts)
+    return jax.tree.map(lambda x: x.min(-1), tiles), jax.tree.map(lambda x: x.max(-1), tiles)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _strip(mask: AbstractMask, rows: Int[Array, "rows"], keys: int) -> Bool[Array, "rows keys"]:
-    return mask.visible(rows[:, None], jnp.arange(keys)[None, :])
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _doubt(
+    mask: AbstractMask, queries: int, keys: int, tile: int
+) -> tuple[Bool[Array, "..."], Bool[Array, "..."]]:
+    """Of each tile, whether it may hold a visible pair, and whether it holds no other."""
+    query = ranges(mask.of_queries(jnp.arange(queries)), tile)
+    key = ranges(mask.of_keys(jnp.arange(keys)), tile)
+    query = jax.tree.map(lambda x: x[:, None], query)
+    return mask.may_see(query, key), mask.sees_all(query, key)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _count_tile(
+    mask: AbstractMask, row: Array, column: Array, queries: int, keys: int, tile: int
+) -> Int[Array, ""]:
+    rows, columns = row + jnp.arange(tile)[:, None], column + jnp.arange(tile)[None, :]
+    seen = mask.visible(jnp.minimum(rows, queries - 1), jnp.minimum(columns, keys - 1))
+    return (seen & (rows < queries) & (columns < keys)).sum()
+
+
+def _samples(length: int, cell: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in every cell, its first and its last among them, and where each cell's begin."""
+    starts = np.arange(0, length, cell)
+    stops = np.minimum(starts + cell, length)
+    each = [
+        np.unique(np.linspace(a, b - 1, min(b - a, 32)).astype(int))
+        for a, b in zip(starts, stops, strict=True)
+    ]
+    begins = np.cumsum([0, *map(len, each)])[:-1]
+    return np.concatenate([np.empty(0, int), *each]), begins
+
+
+@jax.jit
+def _visible(mask: AbstractMask, rows: Array, columns: Array) -> Bool[Array, "..."]:
+    return mask.visible(rows, columns)

@@ -1,17 +1,13 @@
 """Attention in plain XLA that runs anywhere: an online softmax over the visible tiles only.
 
 The scores are computed tile by tile and never kept (arXiv 1805.02867, 2205.14135): forward saves
-the output and two numbers per row, backward recomputes a tile from them. For each tile of queries
+the output and one number per row, backward recomputes a tile from them. For each tile of queries
 the mask says between which keys anything is visible; a loop with a dynamic trip count runs over the
 tiles of keys in between, so what is masked costs little and a new mask does not recompile.
-
-Inside, every array has a leading batch axis. `jax.vmap` grows that axis instead of batching the
-loops, which would run every example as long as the longest and turn slices into gathers.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -20,12 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from elastictok.attention._backend import AbstractBackend, Shaped, unsupported_types
+from elastictok.attention._backend import Shaped, unsupported_types
 from elastictok.attention._masks import AbstractMask
-
-# The score of what is not visible. Finite, so that no difference of scores is NaN: beside any
-# visible score its weight is 0, and a row with nothing else is known by its peak: its share is 0.
-_UNSEEN = -1e38
+from elastictok.attention._tiled import UNSEEN, AbstractTiled, Sight, attend, hull
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +44,7 @@ class TileSizes:
                 raise ValueError(f"TileSizes.{name} is {size}; it must be at least 1")
 
 
-class XLA(AbstractBackend):
+class XLA(AbstractTiled):
     """Tiled attention for any device, with linear memory and its own gradient.
 
     **Arguments:**
@@ -75,93 +68,117 @@ class XLA(AbstractBackend):
         *,
         scale: float,
     ) -> Float[Array, "tokens heads head_dim"]:
-        leaves, structure = jax.tree.flatten(mask)
-        how = _How(structure, self.tiles, scale)
-        return _run(how, q, k, v, tuple(jnp.asarray(leaf) for leaf in leaves))
+        return attend(self, q, k, v, mask, scale)
 
+    def forward(
+        self, q: Array, k: Array, v: Array, sight: Sight, *, scale: float, dtype: Any
+    ) -> tuple[Array, Array]:
+        (batch, queries, heads, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
+        group = heads // kv_heads
+        plan = _plan(self.tiles, batch * heads, queries, keys)
+        facts = _facts(sight, plan)
+        k_at, v_at = _key_tiles(k, plan), _key_tiles(v, plan)
 
-class _How(NamedTuple):
-    """All that is known at compile time. Hashable: it is the key of the compiled code."""
+        def a_tile_of_queries(_: None, tile: PyTree[Array]) -> tuple[None, tuple[Array, Array]]:
+            q, of_queries, first, last = tile
 
-    structure: Any  # of the mask, whose arrays travel apart
-    tiles: TileSizes
-    scale: float
+            def with_keys(j: Array | int) -> _Softmax:
+                start = _start(j, plan)
+                seen = facts.tile(of_queries, start, j, plan)
+                scores = _scores(q, k_at(start), seen, scale, plan)
+                peak = scores.max(axis=-1)
+                weights = jnp.exp(scores - peak[..., None])
+                values = _product("bhrs,bhsd->bhrd", weights.astype(v.dtype), v_at(start))
+                return _Softmax(peak, weights.sum(axis=-1), values)
 
+            if plan.k_tiles == 1:
+                softmax = with_keys(0)
+            else:
+                rows = (batch, kv_heads, group * plan.q_tile)
+                nothing = _Softmax(
+                    jnp.full(rows, UNSEEN, jnp.float32),
+                    jnp.zeros(rows, jnp.float32),
+                    jnp.zeros((*rows, head_dim), jnp.float32),
+                )
+                softmax = lax.fori_loop(
+                    first, last, lambda j, so_far: so_far.merge(with_keys(j)), nothing
+                )
+            sees = softmax.peak > UNSEEN
+            total = jnp.where(sees, softmax.total, 1.0)
+            out = jnp.where(sees[..., None], softmax.values / total[..., None], 0.0)
+            lse = jnp.where(sees, softmax.peak + jnp.log(total), UNSEEN)
+            return None, (out.astype(dtype), lse)
 
-# Compiled here as well, so that a call outside jit does not trace its loops anew each time.
-@functools.partial(jax.jit, static_argnums=0)
-def _run(how: _How, q: Array, k: Array, v: Array, leaves: tuple[Array, ...]) -> Array:
-    (tokens, heads, head_dim), kv_heads = q.shape, k.shape[1]
-    # float16 has too few exponents for what the gradient is made of; bfloat16 has those of float32.
-    dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.bfloat16)
-    grouped = q.astype(dtype).reshape(tokens, kv_heads, heads // kv_heads, head_dim)
-    out: Array = _attend(how, grouped, k.astype(dtype), v.astype(dtype), leaves)
-    return out.reshape(tokens, heads, head_dim).astype(q.dtype)
+        tiles = (_query_tiles(_grouped(q, kv_heads), plan), *facts.by_query_tile(plan))
+        _, (out, lse) = _scan(a_tile_of_queries, None, tiles, plan.q_tiles)
+        out, lse = (_join_queries(x, plan, group) for x in (out, lse))
+        return out.reshape(q.shape), lse.reshape(batch, queries, heads).swapaxes(1, 2)
 
+    def backward(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        lse: Array,
+        delta: Array,
+        d_out: Array,
+        sight: Sight,
+        *,
+        scale: float,
+        dtype: Any,
+    ) -> tuple[Array, Array, Array]:
+        (batch, queries, heads, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
+        group = heads // kv_heads
+        plan = _plan(self.tiles, batch * heads, queries, keys)
+        facts = _facts(sight, plan)
+        k_at, v_at = _key_tiles(k, plan), _key_tiles(v, plan)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: _How, q: Array, k: Array, v: Array, leaves: tuple[Array, ...]) -> Array:
-    return _attend_forward(how, q, k, v, leaves)[0]
+        def a_tile_of_queries(
+            totals: tuple[Array, Array], tile: PyTree[Array]
+        ) -> tuple[tuple[Array, Array], Array]:
+            q, d_out, lse, delta, of_queries, first, last = tile
+            # On CPUs, rows times columns is a product several times faster than columns times rows.
+            q_turned, d_out_turned = q.swapaxes(2, 3), d_out.swapaxes(2, 3)
 
+            def with_keys(
+                j: Array | int, so_far: tuple[Array, Array, Array]
+            ) -> tuple[Array, Array, Array]:
+                dq, dk, dv = so_far
+                start = _start(j, plan)
+                k_tile = k_at(start)
+                seen = facts.tile(of_queries, start, j, plan)
+                weights = jnp.exp(_scores(q, k_tile, seen, scale, plan) - lse[..., None])
+                d_weights = _product("bhrd,bhsd->bhrs", d_out, v_at(start))
+                d_scores = (weights * (d_weights - delta[..., None]) * scale).astype(k.dtype)
+                weights = weights.astype(v.dtype)
+                return (
+                    dq + _product("bhrs,bhsd->bhrd", d_scores, k_tile),
+                    _add_at(dk, _product("bhdr,bhrs->bhds", q_turned, d_scores), start),
+                    _add_at(dv, _product("bhdr,bhrs->bhds", d_out_turned, weights), start),
+                )
 
-def _attend_forward(
-    how: _How, q: Array, k: Array, v: Array, leaves: tuple[Array, ...]
-) -> tuple[Array, PyTree[Array]]:
-    out, peak, share = _over_a_batch(functools.partial(_forward, how))((q, k, v), leaves)
-    return out, (leaves, (q, k, v, out, peak, share))
+            so_far = (jnp.zeros(q.shape, jnp.float32), *totals)
+            if plan.k_tiles == 1:
+                dq, dk, dv = with_keys(0, so_far)
+            else:
+                dq, dk, dv = lax.fori_loop(first, last, with_keys, so_far)
+            return (dk, dv), dq.astype(dtype)
 
-
-def _attend_backward(
-    how: _How, saved: PyTree[Array], d_out: Array
-) -> tuple[Array, Array, Array, None]:
-    leaves, arrays = saved
-    dq, dk, dv = _over_a_batch(functools.partial(_backward, how))((*arrays, d_out), leaves)
-    return dq, dk, dv, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _over_a_batch(
-    kernel: Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Array, ...]],
-) -> Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Array, ...]]:
-    """Makes a kernel with a batch axis take one example, and `jax.vmap` grow that axis.
-
-    The kernel's first arguments have a leading axis of the batch's size; the mask's leaves too, or
-    of size 1 where the whole batch shares them.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def batched(arrays: tuple[Array, ...], leaves: tuple[Array, ...]) -> tuple[Array, ...]:
-        return kernel(arrays, leaves)
-
-    @batched.def_vmap
-    def _(
-        size: int,
-        is_batched: Sequence[Sequence[bool]],
-        arrays: tuple[Array, ...],
-        leaves: tuple[Array, ...],
-    ) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
-        inner = arrays[0].shape[1 if is_batched[0][0] else 0]
-
-        def fold(x: Array, is_new: bool) -> Array:
-            x = x if is_new else x[None]
-            x = jnp.broadcast_to(x, (size, inner, *x.shape[2:]))
-            return x.reshape(size * inner, *x.shape[2:])
-
-        folded = tuple(map(fold, arrays, is_batched[0]))
-        shared = tuple(
-            leaf if not is_new and leaf.shape[0] == 1 else fold(leaf, is_new)
-            for leaf, is_new in zip(leaves, is_batched[1], strict=True)
+        per_query = (
+            _grouped(q, kv_heads),
+            _grouped(d_out.astype(v.dtype), kv_heads),
+            *(_grouped(x.swapaxes(1, 2), kv_heads) for x in (lse, delta)),
         )
-        outs = batched(folded, shared)
-        return tuple(out.reshape(size, inner, *out.shape[1:]) for out in outs), (True,) * len(outs)
+        nothing = jnp.zeros((batch, kv_heads, head_dim, keys), jnp.float32)
+        tiles = (*(_query_tiles(x, plan) for x in per_query), *facts.by_query_tile(plan))
+        (dk, dv), dq = _scan(a_tile_of_queries, (nothing, nothing), tiles, plan.q_tiles)
+        dk, dv = (jnp.moveaxis(x, 3, 1).astype(dtype) for x in (dk, dv))
+        return _join_queries(dq, plan, group).reshape(q.shape), dk, dv
 
-    def one(arrays: tuple[Array, ...], leaves: tuple[Array, ...]) -> tuple[Array, ...]:
-        arrays, leaves = jax.tree.map(lambda x: x[None], (arrays, leaves))
-        return tuple(out[0] for out in batched(arrays, leaves))
 
-    return one
+def _grouped(x: Array, kv_heads: int) -> Array:
+    """[batch queries heads ...] as [batch queries kv_heads group ...]."""
+    return x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:])
 
 
 class _Plan(NamedTuple):
@@ -214,32 +231,25 @@ class _Facts(NamedTuple):
         seen = jnp.broadcast_to(seen, jnp.broadcast_shapes(seen.shape, (1, 1, 1)))
         return seen[:, None, None]  # over key heads and groups
 
+    def by_query_tile(self, plan: _Plan) -> tuple[PyTree[Array], Array, Array]:
+        """What is known of the queries, as [tiles batch tile], and the tiles of keys to visit."""
+        of_queries = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(x.shape[0], plan.q_tiles, plan.q_tile), 1, 0),
+            self.of_queries,
+        )
+        return of_queries, self.first, self.last
 
-def _facts(how: _How, plan: _Plan, leaves: tuple[Array, ...]) -> _Facts:
+
+def _facts(sight: Sight, plan: _Plan) -> _Facts:
+    of_queries, of_keys = sight.facts()
     # Rows of padding are copies of the last query: something in range, and dropped at the end.
-    q_indices = jnp.minimum(jnp.arange(plan.q_tiles * plan.q_tile), plan.queries - 1)
-
-    def ask(leaves: tuple[Array, ...]) -> tuple[PyTree[Array], ...]:
-        mask = jax.tree.unflatten(how.structure, leaves)
-        of_queries, of_keys = mask.of_queries(q_indices), mask.of_keys(jnp.arange(plan.keys))
-        if plan.k_tiles == 1:  # nothing to skip
-            return of_queries, of_keys, (jnp.zeros(plan.q_tiles, int), jnp.ones(plan.q_tiles, int))
-        start, stop = mask.key_bounds(plan.queries, plan.keys, plan.q_tile)
-        empty = start >= stop
-        first = jnp.where(empty, plan.k_tiles, start // plan.k_tile)
-        last = jnp.where(empty, 0, -(-stop // plan.k_tile))
-        return of_queries, of_keys, (first, last)
-
-    one_each = tuple(leaf[0] if leaf.shape[0] == 1 else leaf for leaf in leaves)
-    axes = tuple(None if leaf.shape[0] == 1 else 0 for leaf in leaves)
-    if any(axis == 0 for axis in axes):
-        of_queries, of_keys, (first, last) = jax.vmap(ask, in_axes=(axes,))(one_each)
-    else:
-        asked = ask(one_each)
-        of_queries, of_keys, (first, last) = jax.tree.map(lambda x: x[None], asked)
-    mask = jax.tree.unflatten(how.structure, [None] * len(leaves))
-    # A batch visits the tiles that any of its examples needs.
-    return _Facts(mask, of_queries, of_keys, first.min(axis=0), last.max(axis=0))
+    padding = ((0, 0), (0, plan.q_tiles * plan.q_tile - plan.queries))
+    of_queries = jax.tree.map(lambda x: jnp.pad(x, padding, mode="edge"), of_queries)
+    if plan.k_tiles == 1:  # nothing to skip
+        first, last = jnp.zeros(plan.q_tiles, int), jnp.ones(plan.q_tiles, int)
+    else:  # a batch visits the tiles that any of its examples needs
+        first, last = hull(sight.near(plan.q_tile, plan.k_tile).any(axis=0))
+    return _Facts(sight.mask, of_queries, of_keys, first, last)
 
 
 class _Softmax(NamedTuple):
@@ -259,114 +269,16 @@ class _Softmax(NamedTuple):
         )
 
 
-def _forward(
-    how: _How, arrays: tuple[Array, ...], leaves: tuple[Array, ...]
-) -> tuple[Array, Array, Array]:
-    """The output [batch queries kv_heads group head_dim] and what it takes to recompute the weights
-    of a row: its largest score, and one over the sum of the exponentials relative to that."""
-    q, k, v = arrays
-    batch, queries, kv_heads, group, head_dim = q.shape
-    plan = _plan(how.tiles, batch * kv_heads * group, queries, k.shape[1])
-    facts = _facts(how, plan, leaves)
-    k_at, v_at = _key_tiles(k, plan), _key_tiles(v, plan)
-
-    def a_tile_of_queries(_: None, tile: PyTree[Array]) -> tuple[None, tuple[Array, ...]]:
-        q, of_queries, first, last = tile
-
-        def with_keys(j: Array | int) -> _Softmax:
-            start = _start(j, plan)
-            seen = facts.tile(of_queries, start, j, plan)
-            scores = _scores(q, k_at(start), seen, how, plan)
-            peak = scores.max(axis=-1)
-            weights = jnp.exp(scores - peak[..., None])
-            values = _product("bhrs,bhsd->bhrd", weights.astype(v.dtype), v_at(start))
-            return _Softmax(peak, weights.sum(axis=-1), values)
-
-        if plan.k_tiles == 1:
-            softmax = with_keys(0)
-        else:
-            rows = (batch, kv_heads, group * plan.q_tile)
-            nothing = _Softmax(
-                jnp.full(rows, _UNSEEN, jnp.float32),
-                jnp.zeros(rows, jnp.float32),
-                jnp.zeros((*rows, head_dim), jnp.float32),
-            )
-            softmax = lax.fori_loop(
-                first, last, lambda j, so_far: so_far.merge(with_keys(j)), nothing
-            )
-        share = jnp.where(softmax.peak > _UNSEEN, 1.0 / softmax.total, 0.0)
-        out = (softmax.values * share[..., None]).astype(q.dtype)
-        return None, (out, softmax.peak, share)
-
-    tiles = (_query_tiles(q, plan), _fact_tiles(facts, plan), facts.first, facts.last)
-    _, (out, peak, share) = _scan(a_tile_of_queries, None, tiles, plan.q_tiles)
-    out, peak, share = (_join_queries(x, plan, group) for x in (out, peak, share))
-    return out, peak, share
-
-
-def _backward(
-    how: _How, arrays: tuple[Array, ...], leaves: tuple[Array, ...]
-) -> tuple[Array, Array, Array]:
-    """The gradients of q, k and v (FlashAttention, arXiv 2205.14135, appendix B.2)."""
-    q, k, v, out, peak, share, d_out = arrays
-    batch, queries, kv_heads, group, head_dim = q.shape
-    keys = k.shape[1]
-    plan = _plan(how.tiles, batch * kv_heads * group, queries, keys)
-    facts = _facts(how, plan, leaves)
-    k_at, v_at = _key_tiles(k, plan), _key_tiles(v, plan)
-
-    def a_tile_of_queries(
-        totals: tuple[Array, Array], tile: PyTree[Array]
-    ) -> tuple[tuple[Array, Array], Array]:
-        q, out, d_out, peak, share, of_queries, first, last = tile
-        # Dividing what arrives by the softmax's sum spares dividing each of the weights.
-        row_sums = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1) * share
-        d_out = (d_out * share[..., None]).astype(v.dtype)
-        # On CPUs, rows times columns is a product several times faster than columns times rows.
-        q_turned, d_out_turned = q.swapaxes(2, 3), d_out.swapaxes(2, 3)
-
-        def with_keys(
-            j: Array | int, so_far: tuple[Array, Array, Array]
-        ) -> tuple[Array, Array, Array]:
-            dq, dk, dv = so_far
-            start = _start(j, plan)
-            k_tile = k_at(start)
-            seen = facts.tile(of_queries, start, j, plan)
-            weights = jnp.exp(_scores(q, k_tile, seen, how, plan) - peak[..., None])
-            d_weights = _product("bhrd,bhsd->bhrs", d_out, v_at(start))
-            d_scores = (weights * (d_weights - row_sums[..., None]) * how.scale).astype(k.dtype)
-            weights = weights.astype(v.dtype)
-            return (
-                dq + _product("bhrs,bhsd->bhrd", d_scores, k_tile),
-                _add_at(dk, _product("bhdr,bhrs->bhds", q_turned, d_scores), start),
-                _add_at(dv, _product("bhdr,bhrs->bhds", d_out_turned, weights), start),
-            )
-
-        so_far = (jnp.zeros(q.shape, jnp.float32), *totals)
-        if plan.k_tiles == 1:
-            dq, dk, dv = with_keys(0, so_far)
-        else:
-            dq, dk, dv = lax.fori_loop(first, last, with_keys, so_far)
-        return (dk, dv), dq.astype(q.dtype)
-
-    per_query = tuple(_query_tiles(x, plan) for x in (q, out, d_out, peak, share))
-    nothing = jnp.zeros((batch, kv_heads, head_dim, keys), jnp.float32)
-    tiles = (*per_query, _fact_tiles(facts, plan), facts.first, facts.last)
-    (dk, dv), dq = _scan(a_tile_of_queries, (nothing, nothing), tiles, plan.q_tiles)
-    dk, dv = (jnp.moveaxis(x, 3, 1) for x in (dk, dv))
-    return _join_queries(dq, plan, group), dk.astype(k.dtype), dv.astype(v.dtype)
-
-
 def _product(subscripts: str, a: Array, b: Array) -> Array:
     """A product of tiles: operands as they are stored, sums in float32."""
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def _scores(q: Array, k: Array, seen: Bool[Array, "..."], how: _How, plan: _Plan) -> Array:
-    """The scores of a tile [batch heads group*queries keys], `_UNSEEN` where not visible."""
-    scores = _product("bhrd,bhsd->bhrs", q, k) * how.scale
+def _scores(q: Array, k: Array, seen: Bool[Array, "..."], scale: float, plan: _Plan) -> Array:
+    """The scores of a tile [batch heads group*queries keys], `UNSEEN` where not visible."""
+    scores = _product("bhrd,bhsd->bhrs", q, k) * scale
     grouped = scores.reshape(*scores.shape[:2], -1, plan.q_tile, plan.k_tile)
-    return jnp.where(seen, grouped, _UNSEEN).reshape(scores.shape)
+    return jnp.where(seen, grouped, UNSEEN).reshape(scores.shape)
 
 
 def _start(j: Array | int, plan: _Plan) -> Array:
@@ -403,14 +315,6 @@ def _join_queries(x: Array, plan: _Plan, group: int) -> Array:
     x = x.reshape(*x.shape[:3], group, plan.q_tile, *x.shape[4:])
     x = jnp.moveaxis(x, (0, 1, 2, 3, 4), (1, 0, 3, 4, 2))
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : plan.queries]
-
-
-def _fact_tiles(facts: _Facts, plan: _Plan) -> PyTree[Array]:
-    """What is known of the queries, as [tiles batch tile]."""
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(x.shape[0], plan.q_tiles, plan.q_tile), 1, 0),
-        facts.of_queries,
-    )
 
 
 def _scan(
