@@ -21,7 +21,8 @@ from elastictok.attention._masks import (
 )
 from elastictok.attention._reference import Reference
 from elastictok.attention._registry import backends, register
-from elastictok.attention._xla import XLA, TileSizes
+from elastictok.attention._tile_sizes import TileSizes
+from elastictok.attention._xla import XLA
 
 __all__ = [
     "XLA",

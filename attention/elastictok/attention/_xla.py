@@ -6,7 +6,6 @@ the mask says between which keys anything is visible; a loop with a dynamic trip
 tiles of keys in between, so what is masked costs little and a new mask does not recompile.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,30 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from elastictok.attention._backend import Shaped, unsupported_types
 from elastictok.attention._masks import AbstractMask
+from elastictok.attention._tile_sizes import TileSizes
 from elastictok.attention._tiled import UNSEEN, AbstractTiled, Sight, attend, hull
-
-
-@dataclasses.dataclass(frozen=True)
-class TileSizes:
-    """How much is computed at once: the most, for any length.
-
-    Lengths up to a tile run as one tile, without a loop. The defaults suit the caches of CPUs.
-
-    **Arguments:**
-
-    - `queries`, `keys`: tokens per tile.
-    - `scores`: scores held at once, over the tile, the heads and the batch. Where they would be
-      more, the query tiles shrink, but not below 64.
-    """
-
-    queries: int = 512
-    keys: int = 512
-    scores: int = 2**21
-
-    def __post_init__(self) -> None:
-        for name, size in dataclasses.asdict(self).items():
-            if size < 1:
-                raise ValueError(f"TileSizes.{name} is {size}; it must be at least 1")
 
 
 class XLA(AbstractTiled):
