@@ -46,8 +46,8 @@ def attention(
     """
     _check_shapes(q.shape, k.shape, v.shape)
     (tokens, _, head_dim), keys = q.shape, k.shape[0]
-    mask.check(tokens, keys)
     backend = choose(implementation, q, k, v, mask)
+    mask.check(*backend.lengths(q, k))
     if tokens == 0 or keys == 0 or head_dim == 0:
         return jnp.zeros_like(q)
     scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)

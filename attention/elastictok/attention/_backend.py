@@ -29,6 +29,11 @@ class AbstractBackend(eqx.Module):
         `jax.ShapeDtypeStruct`s.
         """
 
+    def lengths(self, q: Shaped, k: Shaped) -> tuple[int, int]:
+        """How many queries and keys the mask speaks of: those that there are, unless the arrays are
+        one device's part of a sequence."""
+        return q.shape[0], k.shape[0]
+
     @abc.abstractmethod
     def __call__(
         self,
