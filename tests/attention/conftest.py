@@ -6,7 +6,16 @@ import equinox as eqx
 import jax.numpy as jnp
 import pytest
 
-from elastictok.attention import XLA, AbstractBackend, TileSizes, backends, register
+from elastictok.attention import (
+    XLA,
+    AbstractBackend,
+    PallasTPU,
+    TileSizes,
+    TPUTileSizes,
+    XLATileSizes,
+    backends,
+    register,
+)
 
 
 class Loop(AbstractBackend):
@@ -34,7 +43,10 @@ class Loop(AbstractBackend):
 
 register(Loop())
 # Tiles so small that a hundred tokens make several, and unequal, so that they cannot be mixed up.
-register(XLA(TileSizes(queries=32, keys=24), name="xla-small-tiles"))
+register(XLA(XLATileSizes(TileSizes(32, 24), TileSizes(40, 24)), name="xla-small-tiles"))
+# The kernels for TPUs in Pallas' interpreter. It takes any tile; a TPU wants multiples of 128.
+PALLAS_TILES = TPUTileSizes(TileSizes(32, 24), TileSizes(24, 40), TileSizes(40, 32))
+register(PallasTPU(tiles=PALLAS_TILES, interpret=True, name="pallas-tpu-interpreted"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -196,6 +196,16 @@ def test_what_is_not_seen_changes_nothing(backend):
     assert_close(run((q, k.at[40:].set(1e4), v.at[40:].set(-1e4)), d_out, facts), ours, 0)
 
 
+def test_a_nan_that_is_seen_is_not_hidden(backend):
+    (q, k, v), d_out = arrays(CASES["cache"], 0)
+    facts = (np.int32(32), *np.zeros((2, LONGEST), np.int32), np.arange(LONGEST) < 48)
+    run = with_gradient(backend, "cache")
+    for broken in ((q.at[5].set(np.nan), k, v), (q, k.at[7].set(np.nan), v)):
+        out, (dq, _, _) = run(broken, d_out, facts)
+        assert np.isnan(out[5]).all()
+        assert np.isnan(dq[5]).all()
+
+
 def test_scores_far_from_zero(backend):
     """exp would overflow, or underflow in every key, without the largest score taken off."""
     (q, k, v), d_out = arrays(CASES["causal"], 0)

@@ -49,10 +49,12 @@ def registry(monkeypatch):
     monkeypatch.setattr(_registry, "_SAID", set())
 
 
-def test_the_two_that_come_with_the_package_run_everywhere():
+def test_what_comes_with_the_package():
     known = backends()
-    assert list(known)[:2] == ["xla", "reference"]
+    assert list(known)[:3] == ["pallas_tpu", "xla", "reference"]
     assert known["xla"] == known["reference"] == []
+    assert "runs on TPUs and this machine's devices are 'cpu'" in known["pallas_tpu"][0]
+    assert "PallasTPU(interpret=True)" in known["pallas_tpu"][0]
 
 
 def test_a_registered_backend_runs_by_name_and_in_its_place(registry):

@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from elastictok.attention import XLA, BlockCausal, KeyValid, Segments, TileSizes, attention
+from elastictok.attention import (
+    XLA,
+    BlockCausal,
+    KeyValid,
+    Segments,
+    TileSizes,
+    XLATileSizes,
+    attention,
+)
 
-SMALL = XLA(TileSizes(queries=32, keys=24))
+SMALL = XLA(XLATileSizes(TileSizes(32, 24), TileSizes(40, 24)))
 
 
 def equations(jaxpr) -> Iterator:
@@ -67,7 +75,13 @@ def test_tiles_that_nobody_sees_are_not_read():
 def test_packed_documents_do_not_read_each_other():
     ids = np.repeat([4, 2, 9], 48)  # 48: a multiple of both tiles' greatest common divisor only
     x = jnp.ones((144, 1, 8)).at[96:].set(jnp.nan)
-    out = attention(x, x, x, Segments(ids), implementation=XLA(TileSizes(queries=48, keys=48)))
+    out = attention(
+        x,
+        x,
+        x,
+        Segments(ids),
+        implementation=XLA(XLATileSizes(TileSizes(48, 48), TileSizes(48, 48))),
+    )
     assert np.isfinite(out[:96]).all()
 
 
@@ -110,7 +124,7 @@ def test_no_recompilation_for_another_offset_or_other_documents():
 
 def test_tiles_shrink_as_the_batch_grows():
     """Forward alone and backward in a batch, so that the two use different tiles."""
-    backend = XLA(TileSizes(queries=100, keys=40, scores=8192))
+    backend = XLA(XLATileSizes(TileSizes(100, 40), TileSizes(100, 40)), scores=8192)
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(100, 2, 8)), jnp.float32) for _ in range(3))
 
@@ -132,7 +146,7 @@ def test_a_call_outside_jit_compiles_once():
     for at in (0, 1):
         attention(x, x, x, BlockCausal(16, jnp.int32(at)), implementation=SMALL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("elastictok.attention._xla._forward", None)  # tracing it again would fail
+        patch.setattr(XLA, "forward", None)  # tracing it again would fail
         attention(x, x, x, BlockCausal(16, jnp.int32(2)), implementation=SMALL)
 
 
@@ -150,4 +164,4 @@ def test_under_64_bit_types():
 
 def test_tile_sizes_must_be_positive():
     with pytest.raises(ValueError, match=r"TileSizes.keys is 0; it must be at least 1"):
-        TileSizes(keys=0)
+        TileSizes(8, 0)

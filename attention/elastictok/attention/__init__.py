@@ -19,25 +19,50 @@ from elastictok.attention._masks import (
     Segments,
     SlidingBlocks,
 )
+from elastictok.attention._pallas_tpu import PallasTPU
 from elastictok.attention._reference import Reference
 from elastictok.attention._registry import backends, register
-from elastictok.attention._tile_sizes import TileSizes
+from elastictok.attention._ring import AbstractLayout, Contiguous, Ring, ZigZag
+from elastictok.attention._tile_sizes import (
+    TPU_CHIPS,
+    TileEntry,
+    TileKey,
+    TileSizes,
+    TPUTileSizes,
+    XLATileSizes,
+    read_tiles,
+    tile_sizes,
+    write_tiles,
+)
 from elastictok.attention._xla import XLA
 
 __all__ = [
+    "TPU_CHIPS",
     "XLA",
     "AbstractBackend",
+    "AbstractLayout",
     "AbstractMask",
     "And",
     "BlockCausal",
     "Causal",
+    "Contiguous",
     "Full",
     "KeyValid",
+    "PallasTPU",
     "Reference",
+    "Ring",
     "Segments",
     "SlidingBlocks",
+    "TPUTileSizes",
+    "TileEntry",
+    "TileKey",
     "TileSizes",
+    "XLATileSizes",
+    "ZigZag",
     "attention",
     "backends",
+    "read_tiles",
     "register",
+    "tile_sizes",
+    "write_tiles",
 ]

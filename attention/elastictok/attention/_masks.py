@@ -149,6 +149,12 @@ class AbstractMask(eqx.Module):
         symbols = np.where(every, "#", np.where(some, "+", "."))
         return "\n".join("".join(line) for line in symbols)
 
+    def granularity(self) -> int:
+        """Tokens in a row that the mask treats alike, such as a block; 1 if it knows of none. What
+        good tile sizes depend on, and nothing else.
+        """
+        return 1
+
     def extent(self) -> tuple[int | None, int | None]:
         """The numbers of queries and keys that the mask is made for; `None` where any will do."""
         return None, None
@@ -239,6 +245,9 @@ class BlockCausal(AbstractPositional):
     def __check_init__(self) -> None:
         _check_block(self.block)
 
+    def granularity(self) -> int:
+        return self.block
+
     def few(self) -> int:
         return 4 * self.block
 
@@ -287,6 +296,9 @@ class SlidingBlocks(AbstractPositional):
             raise ValueError(
                 f"window is {self.window} blocks; it must be at least 1, the query's own block"
             )
+
+    def granularity(self) -> int:
+        return self.block
 
     def few(self) -> int:
         return (self.window + 2) * self.block
@@ -516,6 +528,9 @@ class And(AbstractMask):
         return functools.reduce(
             jnp.logical_and, (part.sees_all((a, b), (c, d)) for part, a, b, c, d in tiles)
         )
+
+    def granularity(self) -> int:
+        return max(part.granularity() for part in self.masks)
 
     def extent(self) -> tuple[int | None, int | None]:
         some = [part.extent() for part in self.masks]

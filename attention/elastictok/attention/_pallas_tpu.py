@@ -14,7 +14,7 @@ anew. Of the mask a kernel sees:
 A tile that the ranges show to be hidden is passed over; one that they show to be all visible is
 computed without asking the predicate; of the others only those with a visible pair are computed.
 
-Compiled for TPUs by their compiler, and run by Pallas' interpreters on CPUs; never yet run on a TPU.
+Compiled for TPUs by their compiler and run by Pallas' interpreters on CPUs; never yet run on a TPU.
 """
 
 import functools
@@ -31,7 +31,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from elastictok.attention._backend import Shaped, unsupported_types
 from elastictok.attention._masks import AbstractMask, ranges
-from elastictok.attention._tile_sizes import PallasTileSizes, TileSizes
+from elastictok.attention._tile_sizes import (
+    TileKey,
+    TileSizes,
+    TPUTileSizes,
+    chip_here,
+    tile_sizes,
+)
 from elastictok.attention._tiled import UNSEEN, AbstractTiled, Sight, attend, hull
 
 _LANES = 128
@@ -45,9 +51,9 @@ class PallasTPU(AbstractTiled):
 
     **Arguments:**
 
-    - `chip`: the kind of TPU to compile for, as `jax.Device.device_kind` has it (see `read_tiles`).
-      Default: the one of this machine. Naming one makes compiling ahead of time possible where
-      there is none.
+    - `chip`: the kind of TPU to compile for, as `jax.Device.device_kind` has it; `TPU_CHIPS` lists
+      those with tile sizes of their own. Default: the one of this machine. Naming one makes it
+      possible to compile ahead of time where there is none.
     - `tiles`: the tile sizes. Default: what the table has for the chip.
     - `interpret`: `True` runs the kernels on any machine in Pallas' interpreter, and
       `pltpu.InterpretParams(...)` in its simulation of a TPU: slow, for tests.
@@ -55,7 +61,7 @@ class PallasTPU(AbstractTiled):
     """
 
     chip: str | None = eqx.field(static=True, default=None)
-    tiles: PallasTileSizes | None = eqx.field(static=True, default=None)
+    tiles: TPUTileSizes | None = eqx.field(static=True, default=None)
     interpret: Any = eqx.field(static=True, default=False)
     name: str = eqx.field(static=True, default="pallas_tpu")
 
@@ -182,8 +188,14 @@ class PallasTPU(AbstractTiled):
         )
         return _unrowed(dq, q), _unrowed(dk, k), _unrowed(dv, v)
 
-    def _sizes(self, q: Shaped, mask: AbstractMask) -> PallasTileSizes:
-        return PallasTileSizes() if self.tiles is None else self.tiles
+    def _sizes(self, q: Shaped, mask: AbstractMask) -> TPUTileSizes:
+        if self.tiles is not None:
+            return self.tiles
+        chip = self.chip or chip_here()
+        key = TileKey("pallas_tpu", chip, q.dtype.name, q.shape[-1], mask.granularity())
+        tiles = tile_sizes(key).tiles
+        assert isinstance(tiles, TPUTileSizes)
+        return tiles
 
 
 def _unrowed(x: Array, like: Array) -> Array:
@@ -452,11 +464,12 @@ def _forward_kernel(
     sources = _key_sources(plan, batch, head, k_facts_hbm, k_hbm, v_hbm)
     _sweep(q_table[0, 0, i], q_table[0, 1, i], sources, (k_facts, k, v), semaphores, with_keys)
 
-    sees = peak[...] > UNSEEN
-    sums = jnp.where(sees, total[...], 1.0)
-    share = jnp.where(sees, 1.0 / sums, 0.0)
+    # A NaN is to be seen; the largest of NaN and a number may be the number, their sum is not.
+    empty = (peak[...] <= UNSEEN) & jnp.logical_not(jnp.isnan(total[...]))
+    sums = jnp.where(empty, 1.0, total[...])
+    share = jnp.where(empty, 0.0, 1.0 / sums)
     out[0, 0] = (values[...] * share[:, :1]).astype(out.dtype)
-    lse[0, 0] = jnp.where(sees, peak[...] + jnp.log(sums), UNSEEN).T[:1]
+    lse[0, 0] = jnp.where(empty, UNSEEN, peak[...] + jnp.log(sums)).T[:1]
 
 
 def _dq_kernel(

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 
 from elastictok.attention._backend import AbstractBackend, Shaped
 from elastictok.attention._masks import AbstractMask, Full
+from elastictok.attention._pallas_tpu import PallasTPU
 from elastictok.attention._reference import Reference
 from elastictok.attention._xla import XLA
 
 # In the order in which the default tries them. A new backend of this package: its own file, and one
 # entry here, before those that it should be preferred to.
-_BACKENDS: dict[str, AbstractBackend] = {backend.name: backend for backend in (XLA(), Reference())}
+_BACKENDS: dict[str, AbstractBackend] = {
+    backend.name: backend for backend in (PallasTPU(), XLA(), Reference())
+}
 _SAID: set[tuple[str, ...]] = set()
 
 

@@ -90,7 +90,8 @@ def _indivisible(length: int, parts: int, said: str) -> list[str]:
         return []
     longer = -(-length // parts) * parts
     return [
-        f"{length} tokens do not divide by {said}: pad to {longer} and hide the padding with KeyValid"
+        f"{length} tokens do not divide by {said}: pad to {longer}, and hide the padding with "
+        "KeyValid"
     ]
 
 

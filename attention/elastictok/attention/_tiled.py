@@ -239,7 +239,7 @@ def backward(
     def run(arrays: tuple[Array, ...], facts: Any) -> tuple[Array, ...]:
         q, k, v, lse, delta, d_out = arrays
         sight = Sight(how.structure, facts[0], q.shape[1], k.shape[1], facts[1])
-        lse = jnp.where(lse > UNSEEN, lse, 0.0)
+        lse = jnp.where(lse <= UNSEEN, 0.0, lse)
         return how.backend.backward(q, k, v, lse, delta, d_out, sight, scale=how.scale, dtype=dtype)
 
     dq, dk, dv = _over_a_batch(run)((q, k, v, lse, delta, d_out), (leaves, places))

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from elastictok.attention._backend import Shaped, unsupported_types
 from elastictok.attention._masks import AbstractMask
-from elastictok.attention._tile_sizes import TileSizes
+from elastictok.attention._tile_sizes import TileKey, TileSizes, XLATileSizes, chip_here, tile_sizes
 from elastictok.attention._tiled import UNSEEN, AbstractTiled, Sight, attend, hull
 
 
@@ -26,11 +26,14 @@ class XLA(AbstractTiled):
 
     **Arguments:**
 
-    - `tiles`: the tile sizes.
+    - `tiles`: the tile sizes. Default: what the table has for this machine's devices.
+    - `scores`: scores held at once, over the tile, the heads and the batch. Where they would be
+      more, the query tiles shrink, but not below 64.
     - `name`: the name to register it by.
     """
 
-    tiles: TileSizes = eqx.field(static=True, default=TileSizes())
+    tiles: XLATileSizes | None = eqx.field(static=True, default=None)
+    scores: int = eqx.field(static=True, default=2**21)
     name: str = eqx.field(static=True, default="xla")
 
     def reasons_against(self, q: Shaped, k: Shaped, v: Shaped, mask: AbstractMask) -> list[str]:
@@ -52,7 +55,9 @@ class XLA(AbstractTiled):
     ) -> tuple[Array, Array]:
         (batch, queries, heads, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
         group = heads // kv_heads
-        plan = _plan(self.tiles, batch * heads, queries, keys)
+        plan = _plan(
+            self._sizes(q, sight.mask).forward, self.scores // (batch * heads), queries, keys
+        )
         facts = _facts(sight, plan)
         k_at, v_at = _key_tiles(k, plan), _key_tiles(v, plan)
 
@@ -80,10 +85,10 @@ class XLA(AbstractTiled):
                 softmax = lax.fori_loop(
                     first, last, lambda j, so_far: so_far.merge(with_keys(j)), nothing
                 )
-            sees = softmax.peak > UNSEEN
-            total = jnp.where(sees, softmax.total, 1.0)
-            out = jnp.where(sees[..., None], softmax.values / total[..., None], 0.0)
-            lse = jnp.where(sees, softmax.peak + jnp.log(total), UNSEEN)
+            # A NaN is to be seen; the largest of NaN and a number may be the number, their sum is not.
+            empty = (softmax.peak <= UNSEEN) & ~jnp.isnan(softmax.total)
+            out = jnp.where(empty[..., None], 0.0, softmax.values / softmax.total[..., None])
+            lse = jnp.where(empty, UNSEEN, softmax.peak + jnp.log(softmax.total))
             return None, (out.astype(dtype), lse)
 
         tiles = (_query_tiles(_grouped(q, kv_heads), plan), *facts.by_query_tile(plan))
@@ -106,7 +111,9 @@ class XLA(AbstractTiled):
     ) -> tuple[Array, Array, Array]:
         (batch, queries, heads, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
         group = heads // kv_heads
-        plan = _plan(self.tiles, batch * heads, queries, keys)
+        plan = _plan(
+            self._sizes(q, sight.mask).backward, self.scores // (batch * heads), queries, keys
+        )
         facts = _facts(sight, plan)
         k_at, v_at = _key_tiles(k, plan), _key_tiles(v, plan)
 
@@ -152,6 +159,14 @@ class XLA(AbstractTiled):
         dk, dv = (jnp.moveaxis(x, 3, 1).astype(dtype) for x in (dk, dv))
         return _join_queries(dq, plan, group).reshape(q.shape), dk, dv
 
+    def _sizes(self, q: Array, mask: AbstractMask) -> XLATileSizes:
+        if self.tiles is not None:
+            return self.tiles
+        key = TileKey("xla", chip_here(), q.dtype.name, q.shape[-1], mask.granularity())
+        tiles = tile_sizes(key).tiles
+        assert isinstance(tiles, XLATileSizes)
+        return tiles
+
 
 def _grouped(x: Array, kv_heads: int) -> Array:
     """[batch queries heads ...] as [batch queries kv_heads group ...]."""
@@ -175,9 +190,10 @@ class _Plan(NamedTuple):
         return -(-self.keys // self.k_tile)
 
 
-def _plan(tiles: TileSizes, batch_and_heads: int, queries: int, keys: int) -> _Plan:
+def _plan(tiles: TileSizes, scores: int, queries: int, keys: int) -> _Plan:
+    """Of at most so many scores for each head of each example."""
     k_tile = _even(keys, tiles.keys)
-    limit = max(tiles.scores // (batch_and_heads * k_tile), 64)
+    limit = max(scores // k_tile, 64)
     return _Plan(queries, keys, _even(queries, min(tiles.queries, limit)), k_tile)
 
 
