@@ -464,7 +464,7 @@ def _forward_kernel(
     sources = _key_sources(plan, batch, head, k_facts_hbm, k_hbm, v_hbm)
     _sweep(q_table[0, 0, i], q_table[0, 1, i], sources, (k_facts, k, v), semaphores, with_keys)
 
-    # A NaN is to be seen; the largest of NaN and a number may be the number, their sum is not.
+    # A NaN is to be seen: the largest of it and a number may be the number, not their sum.
     empty = (peak[...] <= UNSEEN) & jnp.logical_not(jnp.isnan(total[...]))
     sums = jnp.where(empty, 1.0, total[...])
     share = jnp.where(empty, 0.0, 1.0 / sums)

@@ -85,7 +85,7 @@ class XLA(AbstractTiled):
                 softmax = lax.fori_loop(
                     first, last, lambda j, so_far: so_far.merge(with_keys(j)), nothing
                 )
-            # A NaN is to be seen; the largest of NaN and a number may be the number, their sum is not.
+            # A NaN is to be seen: the largest of it and a number may be the number, not their sum.
             empty = (softmax.peak <= UNSEEN) & ~jnp.isnan(softmax.total)
             out = jnp.where(empty[..., None], 0.0, softmax.values / softmax.total[..., None])
             lse = jnp.where(empty, UNSEEN, softmax.peak + jnp.log(softmax.total))
