@@ -199,11 +199,10 @@ def read_tiles(path: str | Path) -> tuple[TileEntry, ...]:
 
 
 def _entry(entry: Any) -> TileEntry:
+    for field in dataclasses.fields(TileKey):
+        if type(value := entry["key"][field.name]) is not field.type:
+            raise TypeError(f"{field.name} is {value!r}, not of {field.type}")
     key = TileKey(**entry["key"])
-    types = {field.name: field.type for field in dataclasses.fields(TileKey)}
-    for name, type_ in types.items():
-        if type(getattr(key, name)) is not type_:
-            raise TypeError(f"{name} is {getattr(key, name)!r}, not of type {type_}")
     if key.backend not in _KINDS:
         raise ValueError(f"backend is {key.backend!r}, not one of {', '.join(_KINDS)}")
     tiles = {
