@@ -51,10 +51,11 @@ def registry(monkeypatch):
 
 def test_what_comes_with_the_package():
     known = backends()
-    assert list(known)[:3] == ["pallas_tpu", "xla", "reference"]
+    assert list(known)[:4] == ["pallas_tpu", "cudnn", "xla", "reference"]
     assert known["xla"] == known["reference"] == []
     assert "runs on TPUs and this machine's devices are 'cpu'" in known["pallas_tpu"][0]
     assert "PallasTPU(interpret=True)" in known["pallas_tpu"][0]
+    assert "runs on NVIDIA GPUs and this machine's devices are 'cpu'" in known["cudnn"][0]
 
 
 def test_a_registered_backend_runs_by_name_and_in_its_place(registry):
@@ -98,6 +99,41 @@ def test_one_that_cannot_run_on_this_machine_is_passed_over_silently(registry):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attention(X, X, X, Full())
+
+
+class Half(AbstractBackend):
+    """For bfloat16 and nothing else, and a specialist or not."""
+
+    name: str = eqx.field(static=True, default="half")
+    specialist: bool = eqx.field(static=True, default=False)
+
+    def reasons_against(self, q, k, v, mask):
+        return [f"q is {q.dtype}"] if q.dtype != jnp.bfloat16 else []
+
+    def is_specialist(self):
+        return self.specialist
+
+    def __call__(self, q, k, v, mask, *, scale):
+        return jnp.full_like(q, 7.0)
+
+
+def test_one_for_a_single_type_can_run_on_this_machine(registry):
+    register(Half(), before="xla")
+    assert backends()["half"] == []
+    with pytest.warns(RuntimeWarning, match=r"falls back to 'xla'(.|\n)*half: q is float32"):
+        attention(X, X, X, Full())
+
+
+def test_a_specialist_is_preferred_where_it_can_and_passed_over_silently_elsewhere(registry):
+    register(Half(specialist=True), before="xla")
+    assert not XLA().is_specialist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert float(attention(X, X, X, Full())[0, 0, 0]) == pytest.approx(1)
+        half = X.astype(jnp.bfloat16)
+        assert float(attention(half, half, half, Full())[0, 0, 0]) == 7
+    with pytest.raises(RuntimeError, match="q is float32"):
+        attention(X, X, X, Full(), implementation="half")
 
 
 def test_when_nothing_can_run(registry):

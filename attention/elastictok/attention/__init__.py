@@ -9,6 +9,7 @@ if os.environ.get("ELASTICTOK_TYPECHECK") == "1":
 
 from elastictok.attention._attention import attention
 from elastictok.attention._backend import AbstractBackend
+from elastictok.attention._cudnn import CuDNN
 from elastictok.attention._masks import (
     AbstractMask,
     And,
@@ -46,6 +47,7 @@ __all__ = [
     "BlockCausal",
     "Causal",
     "Contiguous",
+    "CuDNN",
     "Full",
     "KeyValid",
     "PallasTPU",

@@ -34,6 +34,11 @@ class AbstractBackend(eqx.Module):
         one device's part of a sequence."""
         return q.shape[0], k.shape[0]
 
+    def is_specialist(self) -> bool:
+        """Whether it is for some calls only, such as a few kinds of masks: then the default passes
+        it over silently where it refuses, and does not warn that it falls back."""
+        return False
+
     @abc.abstractmethod
     def __call__(
         self,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from elastictok.attention._backend import AbstractBackend, Shaped
+from elastictok.attention._cudnn import CuDNN
 from elastictok.attention._masks import AbstractMask, Full
 from elastictok.attention._pallas_tpu import PallasTPU
 from elastictok.attention._reference import Reference
@@ -15,7 +16,7 @@ from elastictok.attention._xla import XLA
 # In the order in which the default tries them. A new backend of this package: its own file, and one
 # entry here, before those that it should be preferred to.
 _BACKENDS: dict[str, AbstractBackend] = {
-    backend.name: backend for backend in (PallasTPU(), XLA(), Reference())
+    backend.name: backend for backend in (PallasTPU(), CuDNN(), XLA(), Reference())
 }
 _SAID: set[tuple[str, ...]] = set()
 
@@ -86,8 +87,13 @@ def _default(q: Shaped, k: Shaped, v: Shaped, mask: AbstractMask) -> AbstractBac
 
 
 def _say_once(refused: dict[str, list[str]], chosen: str) -> None:
-    """That a backend cannot run on this machine is no news; that it refuses this call is."""
-    news = {name: why for name, why in refused.items() if not _reasons_here(_BACKENDS[name])}
+    """That a backend cannot run on this machine is no news, nor is what a specialist refuses; that
+    another refuses this call is."""
+    news = {
+        name: why
+        for name, why in refused.items()
+        if not (_BACKENDS[name].is_specialist() or _reasons_here(_BACKENDS[name]))
+    }
     message = (chosen, *(f"{name}: {reason}" for name, why in news.items() for reason in why))
     if news and message not in _SAID:
         _SAID.add(message)
@@ -101,9 +107,10 @@ def _listed(reasons: dict[str, list[str]]) -> str:
 
 
 def _reasons_here(backend: AbstractBackend) -> list[str]:
-    """The reasons against the plainest call that there is."""
-    x = jax.ShapeDtypeStruct((128, 1, 128), jnp.float32)
-    return backend.reasons_against(x, x, x, Full())
+    """The reasons against the plainest call that there is, in the type that suits the backend best:
+    one for bfloat16 alone can run on this machine."""
+    plainest = (jax.ShapeDtypeStruct((128, 1, 128), t) for t in (jnp.float32, jnp.bfloat16))
+    return min((backend.reasons_against(x, x, x, Full()) for x in plainest), key=len)
 
 
 def _named(name: str) -> AbstractBackend:
