@@ -5,6 +5,9 @@
 The variants take turns, and the fastest of each one's turns counts, so that a machine that is busy
 with other work slows them alike: read the ratios. A gradient is `jax.vjp`: the output and the
 gradients of q, k and v. Memory is what XLA plans for its temporaries, arguments and results aside.
+"Of products" is the time as a multiple of what the matrix products over the visible pairs alone
+would take, two forward and seven in a gradient, at the rate of a large square product in the same
+run.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +60,20 @@ class Case:
 class Measured:
     seconds: float
     temporary: int  # bytes
+    compiling: float  # seconds
 
 
-def packed(length: int, block: int, batch: int = 1, dtype: str = "float32") -> Case:
-    """Two documents in each sequence, the first a little shorter."""
-    ids = np.tile(np.where(np.arange(length) < 0.44 * length, 1, 2), (batch, 1))
-    title = f"{batch} x {length} tokens, block {block}, two documents, {dtype}"
+PRODUCTS = {"forward": 2, "gradient": 7}
+
+
+def packed(
+    length: int, block: int, batch: int = 1, dtype: str = "float32", documents: int = 2
+) -> Case:
+    """Two documents in each sequence, the first a little shorter; or one."""
+    first = 0.44 * length if documents == 2 else length
+    ids = np.tile(np.where(np.arange(length) < first, 1, 2), (batch, 1))
+    said = "two documents" if documents == 2 else "one document"
+    title = f"{batch} x {length} tokens, block {block}, {said}, {dtype}"
     mask = lambda ids: BlockCausal(block) & Segments(ids)  # noqa: E731
     return Case(title, length, length, ids, mask, dtype=dtype)
 
@@ -77,7 +89,16 @@ def cached(capacity: int, written: int, block: int) -> Case:
     return Case(title, block, capacity, at, mask)
 
 
-def programs(case: Case, variants: dict[str, Attend]) -> Iterator[tuple[str, str, Callable]]:
+@dataclasses.dataclass(frozen=True)
+class Program:
+    name: str  # of the variant
+    what: str  # "forward" or "gradient"
+    run: Any
+    args: tuple[jax.Array, ...]
+    compiling: float  # seconds, tracing included
+
+
+def programs(case: Case, variants: dict[str, Attend]) -> Iterator[Program]:
     """Each variant's compiled forward pass and gradient, ready to call."""
     rng = np.random.default_rng(0)
     shape = (len(case.fact), case.queries, case.heads, case.head_dim)
@@ -94,63 +115,109 @@ def programs(case: Case, variants: dict[str, Attend]) -> Iterator[tuple[str, str
             out, pull = jax.vjp(lambda q, k, v: forward(q, k, v, fact), q, k, v)
             return out, pull(d_out)
 
-        yield name, "forward", jax.jit(forward).lower(q, k, v, fact).compile(), (q, k, v, fact)
-        args = (q, k, v, fact, d_out)
-        yield name, "gradient", jax.jit(gradient).lower(*args).compile(), args
+        for what, function, args in (
+            ("forward", forward, (q, k, v, fact)),
+            ("gradient", gradient, (q, k, v, fact, d_out)),
+        ):
+            start = time.perf_counter()
+            run = jax.jit(function).lower(*args).compile()
+            yield Program(name, what, run, args, time.perf_counter() - start)
 
 
 def measure(
     case: Case, variants: dict[str, Attend], repeats: int
 ) -> dict[tuple[str, str], Measured]:
     ready = list(programs(case, variants))
-    fastest = dict.fromkeys(((name, what) for name, what, *_ in ready), float("inf"))
+    fastest = {(program.name, program.what): float("inf") for program in ready}
     for turn in range(repeats + 1):
-        for name, what, run, args in ready:
+        for program in ready:
             start = time.perf_counter()
-            jax.block_until_ready(run(*args))
+            jax.block_until_ready(program.run(*program.args))
             if turn:  # the first one warms up
                 took = time.perf_counter() - start
-                fastest[name, what] = min(fastest[name, what], took)
-    memory = {(name, what): run.memory_analysis() for name, what, run, _ in ready}
-    return {
-        key: Measured(fastest[key], memory[key].temp_size_in_bytes if memory[key] else 0)
-        for key in fastest
-    }
+                key = program.name, program.what
+                fastest[key] = min(fastest[key], took)
+    found = {}
+    for program in ready:
+        key, memory = (program.name, program.what), program.run.memory_analysis()
+        temporary = memory.temp_size_in_bytes if memory else 0
+        found[key] = Measured(fastest[key], temporary, program.compiling)
+    return found
+
+
+def product_rate(repeats: int, size: int = 2048) -> float:
+    """Floating point operations per second of a large square float32 product."""
+    x = jnp.ones((size, size))
+    multiply = jax.jit(jnp.matmul)
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(multiply(x, x))
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times[1:])
+
+
+def visible(case: Case) -> int:
+    """Visible pairs, over the batch."""
+    return sum(case.mask(jnp.asarray(x)).count(case.queries, case.keys) for x in case.fact)
+
+
+def of_products(case: Case, what: str, seconds: float, rate: float) -> float:
+    """A time as a multiple of that of the visible products."""
+    each = 2 * case.heads * case.head_dim * visible(case)
+    return seconds / (PRODUCTS[what] * each / rate)
 
 
 def compare(case: Case, repeats: int) -> Iterator[str]:
     """A table of all variants against the dense one."""
     variants = {"dense": _dense, "reference": _reference, "xla": _xla}
-    results = measure(case, variants, repeats)
+    results, rate = measure(case, variants, repeats), product_rate(repeats)
     yield f"\n### {case.title}\n"
-    yield "| | forward ms | times faster | gradient ms | times faster | memory MB | of dense |"
-    yield "|---|---|---|---|---|---|---|"
-    dense = {what: results["dense", what] for what in ("forward", "gradient")}
+    share = visible(case) / (len(case.fact) * case.queries * case.keys)
+    yield (
+        f"{share:.0%} of the pairs are visible. Square products run at {rate / 1e9:.0f} GFLOP/s.\n"
+    )
+    yield (
+        "| | forward ms | times faster | of products | gradient ms | times faster | of products "
+        "| memory MB | of dense |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
+    dense = {what: results["dense", what] for what in PRODUCTS}
     for name in variants:
         cells = [f"`{name}`"]
-        for what in ("forward", "gradient"):
-            result = results[name, what]
-            ratio = dense[what].seconds / result.seconds
-            cells += [f"{result.seconds * 1e3:.2f}", f"{ratio:.2f}"]
+        for what in PRODUCTS:
+            seconds = results[name, what].seconds
+            ratio = dense[what].seconds / seconds
+            share = of_products(case, what, seconds, rate)
+            cells += [f"{seconds * 1e3:.2f}", f"{ratio:.2f}", f"{share:.1f}"]
         own, theirs = results[name, "gradient"].temporary, dense["gradient"].temporary
         cells += [f"{own / 2**20:.1f}", f"{own / theirs:.2f}"]
         yield f"| {' | '.join(cells)} |"
 
 
 def per_pair(lengths: list[int], block: int, repeats: int) -> Iterator[str]:
-    """Whether the time of a visible pair stays the same as the sequence grows."""
-    yield f"\n### Time per visible pair of tokens, four heads, block {block}, two documents\n"
-    yield "| tokens | visible | forward ns | gradient ns | memory MB |"
-    yield "|---|---|---|---|---|"
-    for length in lengths:
-        case = packed(length, block)
-        visible = case.mask(jnp.asarray(case.fact[0])).count(length, length)
-        results = measure(case, {"xla": _xla}, repeats)
-        forward, gradient = results["xla", "forward"], results["xla", "gradient"]
-        yield (
-            f"| {length} | {visible / length**2:.0%} | {forward.seconds / visible * 1e9:.2f} "
-            f"| {gradient.seconds / visible * 1e9:.2f} | {gradient.temporary / 2**20:.1f} |"
-        )
+    """Whether the time of a visible pair, and that of compiling, stay as the sequence grows."""
+    yield f"\n### Time per visible pair of tokens, four heads, block {block}\n"
+    yield "| documents | tokens | visible | forward ns | gradient ns | memory MB | compiling s |"
+    yield "|---|---|---|---|---|---|---|"
+    spread = []
+    for documents in (1, 2):
+        times = []
+        for length in lengths:
+            case = packed(length, block, documents=documents)
+            pairs = visible(case)
+            results = measure(case, {"xla": _xla}, repeats)
+            forward, gradient = results["xla", "forward"], results["xla", "gradient"]
+            times.append([result.seconds / pairs * 1e9 for result in (forward, gradient)])
+            yield (
+                f"| {documents} | {length} | {pairs / length**2:.0%} | {times[-1][0]:.2f} "
+                f"| {times[-1][1]:.2f} | {gradient.temporary / 2**20:.1f} "
+                f"| {gradient.compiling:.2f} |"
+            )
+        spread += [max(side) / min(side) for side in zip(*times, strict=True)]
+    said = "one document {:.2f} forward, {:.2f} gradient; two documents {:.2f} and {:.2f}"
+    yield f"\nSlowest over fastest: {said.format(*spread)}. The end of a document cuts tiles, of"
+    yield "which short sequences have few."
 
 
 def machine() -> Iterator[str]:
@@ -173,7 +240,7 @@ def report(repeats: int) -> Iterator[str]:
     yield "\n## Long sequences"
     yield from compare(packed(4096, 512), repeats)
     yield from compare(packed(4096, 512, dtype="bfloat16"), repeats)
-    yield from per_pair([2048, 4096, 8192, 16384], 512, max(repeats // 2, 1))
+    yield from per_pair([2048, 4096, 8192, 16384, 32768], 512, max(repeats // 2, 1))
     yield "\n## Short sequences, in a batch"
     for length in (64, 128, 256):
         yield from compare(packed(length, length // 4, batch=32), 4 * repeats)

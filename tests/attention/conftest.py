@@ -16,6 +16,7 @@ from elastictok.attention import (
     backends,
     register,
 )
+from elastictok.attention._registry import _BACKENDS
 
 
 class Loop(AbstractBackend):
@@ -51,5 +52,7 @@ register(PallasTPU(tiles=PALLAS_TILES, interpret=True, name="pallas-tpu-interpre
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        names = [name for name, reasons in backends().items() if not reasons]
+        specialists = {name for name, each in _BACKENDS.items() if each.is_specialist()}
+        able = {name for name, reasons in backends().items() if not reasons}
+        names = [name for name in _BACKENDS if name in able - specialists]
         metafunc.parametrize("backend", names)

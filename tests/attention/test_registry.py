@@ -77,11 +77,11 @@ def test_an_object_runs_unregistered():
 
 
 def test_naming_one_that_cannot_run_gives_every_reason(registry):
-    register(Picky(limit=64))
-    assert backends()["picky"] == ["head_dim is 128, above 64"]
+    register(Picky(limit=32))
+    assert backends()["picky"] == ["head_dim is 64, above 32"]
     with pytest.raises(RuntimeError, match=r"'picky' cannot run") as error:
         attention(X, X, X, Full(), implementation="picky")
-    assert "head_dim is 80, above 64" in str(error.value)
+    assert "head_dim is 80, above 32" in str(error.value)
     assert "it is for long sequences" in str(error.value)
 
 
@@ -95,7 +95,7 @@ def test_the_default_falls_back_and_says_so_once(registry):
 
 
 def test_one_that_cannot_run_on_this_machine_is_passed_over_silently(registry):
-    register(Picky(limit=64), before="xla")
+    register(Picky(limit=32), before="xla")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attention(X, X, X, Full())
