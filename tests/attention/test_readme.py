@@ -1,18 +1,30 @@
-"""The code in the package's README runs as it stands."""
+"""The code in the package's README and in its guide runs as it stands, on what the package needs."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "attention" / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+import pytest
+
+ROOT = Path(__file__).parents[2]
 
 
-def test_every_python_block(monkeypatch):
+@pytest.mark.parametrize(
+    ("document", "snippets"), [("attention/README.md", 1), ("docs/attention.md", 8)]
+)
+def test_every_python_block(document, snippets, monkeypatch):
     from elastictok.attention import _registry
 
     monkeypatch.setattr(_registry, "_BACKENDS", dict(_registry._BACKENDS))
-    assert len(BLOCKS) == 3
+    blocks = re.findall(r"```(python|text)\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     names: dict[str, object] = {}
-    for number, block in enumerate(BLOCKS):
-        code = compile(block, f"{README.name}, block {number}", "exec")
-        exec(code, names)
+    said = io.StringIO()
+    for number, (kind, block) in enumerate(blocks):
+        if kind == "text":  # what the code before it prints
+            assert block == said.getvalue()
+            continue
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            exec(compile(block, f"{document}, block {number}", "exec"), names)
+    assert sum(kind == "python" for kind, _ in blocks) == snippets

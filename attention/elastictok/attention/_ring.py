@@ -142,11 +142,11 @@ class Ring(AbstractBackend):
         ]
         if reasons:
             return reasons
-        part = [
+        q, k, v = (
             jax.ShapeDtypeStruct((n // shards, x.shape[1] // tensor, x.shape[2]), x.dtype)
             for x, n in ((q, queries), (k, keys), (v, keys))
-        ]
-        return [f"each hop: {why}" for why in self._inner().reasons_against(*part, mask)]
+        )
+        return [f"each hop: {why}" for why in self._inner().reasons_against(q, k, v, mask)]
 
     def lengths(self, q: Shaped, k: Shaped) -> tuple[int, int]:
         shards = self._mesh().shape.get(self.axis, 1) if self._is_inside() else 1

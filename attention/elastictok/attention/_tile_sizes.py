@@ -205,7 +205,7 @@ def _entry(entry: Any) -> TileEntry:
     key = TileKey(**entry["key"])
     if key.backend not in _KINDS:
         raise ValueError(f"backend is {key.backend!r}, not one of {', '.join(_KINDS)}")
-    tiles = {
+    tiles: dict[str, Any] = {
         name: _integer(name, value) if name == "vmem" else _sizes(name, value)
         for name, value in entry["tiles"].items()
     }

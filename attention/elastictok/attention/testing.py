@@ -127,15 +127,15 @@ def check_backend(
             jnp.asarray(rng.normal(size=(*batch, keys, kv_heads, head_dim)), dtype)
             for _ in range(2)
         )
-        one = [jax.ShapeDtypeStruct(x.shape[len(batch) :], x.dtype) for x in (q, k, v)]
-        if backend.reasons_against(*one, mask):
+        one_q, one_k = (jax.ShapeDtypeStruct(x.shape[len(batch) :], x.dtype) for x in (q, k))
+        if backend.reasons_against(one_q, one_k, one_k, mask):
             continue
         ran += 1
         call = f"q {q.shape}, k {k.shape}, {dtype}, {eqx.tree_pformat(mask, width=1000)}"
-        exact = [x.astype(jnp.float32) for x in (q, k, v, d_out)]
-        theirs = _run(Reference(), bool(batch), False, *exact, mask)
+        exact = tuple(x.astype(jnp.float32) for x in (q, k, v, d_out))
+        theirs = _run(Reference(), bool(batch), False, exact, mask)
         for inside in (False, True) if batch else (False,):
-            ours = _run(backend, bool(batch), inside, q, k, v, d_out, mask)
+            ours = _run(backend, bool(batch), inside, (q, k, v, d_out), mask)
             how = "" if not batch else ", a batch of gradients" if inside else ", grad of a batch"
             for what, a, b in zip(("output", "gradient"), ours, theirs, strict=True):
                 _close(f"{what} of {call}{how}", a, b, TOLERANCES[dtype])
@@ -144,14 +144,7 @@ def check_backend(
 
 
 def _run(
-    backend: AbstractBackend,
-    batched: bool,
-    inside: bool,
-    q: Any,
-    k: Any,
-    v: Any,
-    d_out: Any,
-    mask: Any,
+    backend: AbstractBackend, batched: bool, inside: bool, arrays: tuple[Any, ...], mask: Any
 ) -> tuple[Any, Any]:
     """Output and gradients: of one call, of a batch as a whole, or of each example of a batch."""
 
@@ -168,7 +161,7 @@ def _run(
         run = jax.vmap(functools.partial(pull, attend), in_axes=(0, 0, 0, 0, None))
     else:
         run = functools.partial(pull, jax.vmap(attend, in_axes=(0, 0, 0, None)))
-    return jax.jit(run)(q, k, v, d_out, mask)
+    return jax.jit(run)(*arrays, mask)
 
 
 def _close(what: str, ours: Any, theirs: Any, tolerance: float) -> None:

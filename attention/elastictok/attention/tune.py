@@ -89,10 +89,10 @@ def _seconds(key: TileKey, tiles: Tiles, name: str, setting: Setting) -> float:
     """How long one pass takes."""
     backend: AbstractTiled
     if isinstance(tiles, XLATileSizes):
-        backend = XLA(tiles)
+        backend = XLA(tiles=tiles)
     else:
         backend = PallasTPU(tiles=tiles)
-    mask = Causal() if key.block == 1 else BlockCausal(key.block)
+    mask = Causal() if key.block == 1 else BlockCausal(block=key.block)
     leaves, structure = jax.tree.flatten(mask)
     how = How(backend, structure, key.head_dim**-0.5)
     leaves = tuple(map(jnp.asarray, leaves))
