@@ -140,6 +140,26 @@ def batch_over_a_mesh() -> dict[str, object]:
     }
 
 
+def explicit_axes() -> dict[str, object]:
+    """A mesh as `jax.make_mesh` makes it: arrays carry their sharding, and `vmap` keeps it."""
+    mesh = jax.make_mesh((2, 4), ("data", "sequence"))
+    q, _, k, v = arrays(2)
+    ring = Ring("sequence", inner=INNER["xla"])
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+
+    def loss(implementation):
+        def one(q, k, v):
+            return jnp.sin(attention(q, k, v, BlockCausal(16), implementation=implementation)).sum()
+
+        return jax.jit(jax.vmap(jax.value_and_grad(one, (0, 1, 2))))
+
+    theirs = loss("reference")(q, k, v)
+    with jax.set_mesh(mesh):
+        ours = loss(ring)(*(jax.device_put(x, sharding) for x in (q, k, v)))
+    specs = {str(x.sharding.spec) for x in ours[1]}
+    return {"error": error(jax.device_get(ours), theirs), "specs": sorted(specs)}
+
+
 def halves() -> float:
     args = arrays(dtype=jnp.bfloat16)
     with jax.set_mesh(mesh_of(sequence=8)):
@@ -186,6 +206,7 @@ if __name__ == "__main__":
         "both layouts": both_layouts(),
         "inside": inside_a_shard_map(),
         "batch": batch_over_a_mesh(),
+        "explicit": explicit_axes(),
         "halves": halves(),
         "cache": queries_of_one_block_and_a_sharded_cache(),
         "refusals": refusals(),

@@ -1,4 +1,4 @@
-"""The code in the package's README and in its guide runs as it stands, on what the package needs."""
+"""The code in the README and the guide runs as it stands, on what the package needs."""
 
 import contextlib
 import io

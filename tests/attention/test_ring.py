@@ -50,6 +50,12 @@ def test_a_batch_stays_where_it_is():
     assert batch["gathers of the batch"] == 0
 
 
+def test_a_mesh_with_explicit_axes_keeps_the_batch_by_itself():
+    explicit = found()["explicit"]
+    assert explicit["error"] <= 2e-6
+    assert all("P('data'" in spec for spec in explicit["specs"])
+
+
 def test_half_precision_is_merged_in_float32():
     assert found()["halves"] <= 2e-2
 

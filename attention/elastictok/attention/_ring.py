@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from elastictok.attention._backend import AbstractBackend, Shaped
@@ -99,10 +99,11 @@ class Ring(AbstractBackend):
     """Sequence parallelism over an axis of a mesh.
 
     Called with whole arrays, inside `jax.set_mesh(mesh)` or with a `mesh`, it splits them over the
-    axis itself; batch with `jax.vmap(..., spmd_axis_name="data")`, or the batch is gathered. Called
-    inside a `jax.shard_map` over the axis (with `check_vma=False`), the arrays are this device's
-    part. In both cases the arrays follow the layout, and the mask speaks of the whole sequence in
-    its natural order.
+    axis itself. On a mesh with explicit axes, which is what `jax.make_mesh` makes, `jax.vmap` keeps
+    a batch as it is sharded; on one with automatic axes use `jax.vmap(..., spmd_axis_name="data")`,
+    or the batch is gathered. Called inside a `jax.shard_map` over the axis (with
+    `check_vma=False`), the arrays are this device's part. In every case the arrays follow the
+    layout, and the mask speaks of the whole sequence in its natural order.
 
     **Arguments:**
 
@@ -174,7 +175,13 @@ class Ring(AbstractBackend):
             out_specs=spec,
             check_vma=False,
         )
+        if AxisType.Explicit in self._mesh().axis_types:  # there, shard_map moves nothing by itself
+            q, k, v = (jax.sharding.reshard(x, self._sharding(spec)) for x in (q, k, v))
+            leaves = jax.sharding.reshard(leaves, self._sharding(PartitionSpec()))
         return split(q, k, v, leaves)
+
+    def _sharding(self, spec: PartitionSpec) -> PartitionSpec | NamedSharding:
+        return spec if self.mesh is None else NamedSharding(self.mesh, spec)
 
     def _mesh(self) -> Mesh | AbstractMesh:
         return jax.sharding.get_abstract_mesh() if self.mesh is None else self.mesh

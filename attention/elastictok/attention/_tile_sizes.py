@@ -144,6 +144,8 @@ def _untuned(key: TileKey) -> Tiles:
     # A tile larger than a block is part hidden on the diagonal; a small one starves the matrix
     # unit.
     size = min(largest, max(key.block, 256) if key.block > 1 else 512)
+    if key.dtype == "float32":  # several passes of the matrix unit each: large tiles compile slowly
+        size = min(size, 512)
     size = -(-size // 128) * 128
     tiles = TileSizes(size, size)
     return TPUTileSizes(tiles, tiles, tiles, megabytes * 2**20)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from elastictok.attention._backend import AbstractBackend
@@ -217,7 +218,11 @@ def forward(
         sight = Sight(how.structure, facts[0], q.shape[1], k.shape[1], facts[1])
         return how.backend.forward(q, k, v, sight, scale=how.scale, dtype=dtype)
 
-    out, lse = _over_a_batch(run)((q, k, v), (leaves, places))
+    def shardings(arrays: tuple[Array, ...]) -> tuple[PartitionSpec, ...]:
+        batch, rows, heads, width = _spec(arrays[0])
+        return PartitionSpec(batch, rows, heads, width), PartitionSpec(batch, heads, rows)
+
+    out, lse = _over_a_batch(_automatic(run, shardings))((q, k, v), (leaves, places))
     return out, lse
 
 
@@ -242,8 +247,35 @@ def backward(
         lse = jnp.where(lse <= UNSEEN, 0.0, lse)
         return how.backend.backward(q, k, v, lse, delta, d_out, sight, scale=how.scale, dtype=dtype)
 
-    dq, dk, dv = _over_a_batch(run)((q, k, v, lse, delta, d_out), (leaves, places))
+    def shardings(arrays: tuple[Array, ...]) -> tuple[PartitionSpec, ...]:
+        return tuple(PartitionSpec(*_spec(x)) for x in arrays[:3])
+
+    pulled = _over_a_batch(_automatic(run, shardings))
+    dq, dk, dv = pulled((q, k, v, lse, delta, d_out), (leaves, places))
     return dq, dk, dv
+
+
+def _automatic(
+    kernel: Callable[[tuple[Array, ...], Any], tuple[Array, ...]],
+    shardings: Callable[[tuple[Array, ...]], tuple[PartitionSpec, ...]],
+) -> Callable[[tuple[Array, ...], Any], tuple[Array, ...]]:
+    """On a mesh with explicit axes, has the compiler find the shardings inside the kernel: its
+    loops and reshapes would each have to name theirs. `shardings` says those of the results."""
+
+    def run(arrays: tuple[Array, ...], facts: Any) -> tuple[Array, ...]:
+        explicit = jax.sharding.get_abstract_mesh().explicit_axes
+        if not explicit:
+            return kernel(arrays, facts)
+        automatic = jax.sharding.auto_axes(kernel, axes=explicit, out_sharding=shardings(arrays))
+        return automatic(arrays, facts)  # pyright: ignore[reportCallIssue]
+
+    return run
+
+
+def _spec(x: Array) -> tuple[Any, ...]:
+    """The sharding of each axis, on a mesh with explicit axes."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return (*spec, *[None] * (x.ndim - len(spec)))
 
 
 def _over_a_batch(
