@@ -49,8 +49,8 @@ class XLATileSizes:
     - `forward`, `backward`: of each pass.
     """
 
-    forward: TileSizes = TileSizes(512, 512)
-    backward: TileSizes = TileSizes(512, 512)
+    forward: TileSizes = TileSizes(512, 256)
+    backward: TileSizes = TileSizes(512, 256)
 
 
 @dataclasses.dataclass(frozen=True)
