@@ -214,6 +214,12 @@ def test_reasons_against():
     assert "name a chip" in here.reasons_against(x, x, x, Full())[0]
     assert PallasTPU(chip="TPU v5 lite").reasons_against(x, x, x, Full()) == []
     assert simulated.reasons_against(x, x, x, Full()) == []
+    narrow = TPUTileSizes(TileSizes(128, 256), TileSizes(128, 100), TileSizes(64, 128))
+    why = PallasTPU(chip="TPU v4", tiles=narrow).reasons_against(x, x, x, Full())
+    assert [reason.split(";")[0] for reason in why] == [
+        "the dq tiles are 128 x 100",
+        "the dkv tiles are 64 x 128",
+    ]
     wide = jax.ShapeDtypeStruct((1024, 2, 320), jnp.float32)
     assert "head_dim is 320" in simulated.reasons_against(wide, wide, wide, Full())[0]
     (why,) = simulated.reasons_against(x, x, x, OfFloats())

@@ -99,7 +99,12 @@ class PallasTPU(AbstractTiled):
         ]
         sizes = self._sizes(q, mask)
         facts = len(jax.tree.leaves((of_queries, of_keys)))
-        for kernel in (sizes.forward, sizes.dq, sizes.dkv):
+        for name, kernel in (("forward", sizes.forward), ("dq", sizes.dq), ("dkv", sizes.dkv)):
+            if not self.interpret and (kernel.queries % _LANES or kernel.keys % _LANES):
+                reasons.append(
+                    f"the {name} tiles are {kernel.queries} x {kernel.keys}; on a TPU they must be "
+                    f"multiples of {_LANES}"
+                )
             tiles = -(-q.shape[0] // kernel.queries) + -(-k.shape[0] // kernel.keys)
             if (size := 4 * (2 + 2 * facts) * tiles) > _SMEM_LIMIT:
                 reasons.append(
