@@ -48,11 +48,28 @@ register(XLA(XLATileSizes(TileSizes(32, 24), TileSizes(40, 24)), name="xla-small
 # The kernels for TPUs in Pallas' interpreter. It takes any tile; a TPU wants multiples of 128.
 PALLAS_TILES = TPUTileSizes(TileSizes(32, 24), TileSizes(24, 40), TileSizes(40, 32))
 register(PallasTPU(tiles=PALLAS_TILES, interpret=True, name="pallas-tpu-interpreted"))
+# Pallas' interpreter compiles for seconds what others compile in half a second: the plain run asks
+# it the first questions only, and .ci/run all of them.
+SLOW = {"pallas-tpu-interpreted"}
+SLOW_ONES_TOO = {
+    "test_value_and_gradient_are_the_references",
+    "test_rows_that_see_nothing_are_zero_with_zero_gradient",
+    "test_a_nan_that_is_seen_is_not_hidden",
+    "test_vmap_is_a_loop_whatever_the_batch_shares",
+    "test_what_is_not_seen_changes_nothing",
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         specialists = {name for name, each in _BACKENDS.items() if each.is_specialist()}
         able = {name for name, reasons in backends().items() if not reasons}
-        names = [name for name in _BACKENDS if name in able - specialists]
-        metafunc.parametrize("backend", names)
+        plain = metafunc.function.__name__ in SLOW_ONES_TOO
+        metafunc.parametrize(
+            "backend",
+            [
+                pytest.param(name, marks=[pytest.mark.heavy] * (name in SLOW and not plain))
+                for name in _BACKENDS
+                if name in able - specialists
+            ],
+        )

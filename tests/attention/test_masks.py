@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
@@ -86,6 +86,7 @@ def masks(draw: st.DrawFn) -> tuple[Make, np.ndarray]:
     return lambda: functools.reduce(operator.and_, (make() for make, _ in some)), np.asarray(truth)
 
 
+@settings(max_examples=15)
 @given(masks())
 def test_dense_and_visible_are_the_definition(case):
     mask, truth = case[0](), case[1]
@@ -95,6 +96,7 @@ def test_dense_and_visible_are_the_definition(case):
     np.testing.assert_array_equal(visible, truth)
 
 
+@settings(max_examples=15)
 @given(masks(), st.integers(0, 2**32 - 1))
 def test_visible_takes_any_indices(case, seed):
     mask, truth = case[0](), case[1]
@@ -103,6 +105,7 @@ def test_visible_takes_any_indices(case, seed):
     np.testing.assert_array_equal(mask.visible(jnp.asarray(i), jnp.asarray(j)), truth[i, j])
 
 
+@settings(max_examples=15)
 @given(masks(), st.sampled_from(TILES))
 def test_nothing_is_visible_outside_the_bounds(case, tile):
     mask, truth = case[0](), case[1]
@@ -115,6 +118,7 @@ def test_nothing_is_visible_outside_the_bounds(case, tile):
     assert not (truth & outside).any()
 
 
+@settings(max_examples=15)
 @given(masks())
 def test_count_and_picture(case):
     mask, truth = case[0](), case[1]
@@ -151,6 +155,7 @@ def test_count_looks_into_no_more_tiles_than_it_must(monkeypatch):
     assert not looked
 
 
+@settings(max_examples=15)
 @given(masks(), st.sampled_from(TILES), st.sampled_from(TILES))
 def test_ranges_of_facts_never_say_too_little(case, q_tile, k_tile):
     """May a tile hold a visible pair? Is all of it visible? Never "no", or "yes", by mistake."""

@@ -79,7 +79,12 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+PLAIN = {"all", "sliding"}  # the others are heavy: each takes seconds to compile
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.heavy] * (f not in PLAIN)) for f in FAMILIES]
+)
 def test_the_tiles_executed_are_the_visible_ones(family):
     queries, keys = 120, 150
     rng = np.random.default_rng(0)
