@@ -1,7 +1,7 @@
 """Ring attention on eight devices of one process against the reference: prints what it found.
 
-Run by test_ring.py in a process of its own, since the number of devices is chosen at start. With the
-argument `pallas`, only whether the kernels for TPUs do for the hops.
+Run by test_ring.py in a process of its own, since the number of devices is chosen at start. With
+the argument `pallas`, only whether the kernels for TPUs do for the hops.
 """
 
 import json
