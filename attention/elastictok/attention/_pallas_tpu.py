@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from elastictok.attention._backend import Shaped, unsupported_types
 from elastictok.attention._masks import AbstractMask, ranges
@@ -38,7 +38,7 @@ from elastictok.attention._tile_sizes import (
     chip_here,
     tile_sizes,
 )
-from elastictok.attention._tiled import UNSEEN, AbstractTiled, Sight, attend, hull
+from elastictok.attention._tiled import UNSEEN, AbstractTiled, Sight, hull
 
 _LANES = 128
 _HEAD_DIM_LIMIT = 256
@@ -115,17 +115,6 @@ class PallasTPU(AbstractTiled):
                 )
                 break
         return reasons
-
-    def __call__(
-        self,
-        q: Float[Array, "tokens heads head_dim"],
-        k: Float[Array, "keys kv_heads head_dim"],
-        v: Float[Array, "keys kv_heads head_dim"],
-        mask: AbstractMask,
-        *,
-        scale: float,
-    ) -> Float[Array, "tokens heads head_dim"]:
-        return attend(self, q, k, v, mask, scale)
 
     def forward(
         self, q: Array, k: Array, v: Array, sight: Sight, *, scale: float, dtype: Any

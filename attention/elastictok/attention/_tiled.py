@@ -106,6 +106,19 @@ class AbstractTiled(AbstractBackend):
     gradients of grouped key heads are summed over their group.
     """
 
+    def __call__(
+        self,
+        q: Float[Array, "tokens heads head_dim"],
+        k: Float[Array, "keys kv_heads head_dim"],
+        v: Float[Array, "keys kv_heads head_dim"],
+        mask: AbstractMask,
+        *,
+        scale: float,
+    ) -> Float[Array, "tokens heads head_dim"]:
+        leaves, structure = jax.tree.flatten(mask)
+        how = How(self, structure, scale)
+        return _run(how, q, k, v, tuple(jnp.asarray(leaf) for leaf in leaves))
+
     @abc.abstractmethod
     def forward(
         self,
@@ -146,15 +159,6 @@ class How(NamedTuple):
     backend: AbstractTiled
     structure: Any  # of the mask, whose arrays travel apart
     scale: float
-
-
-def attend(
-    backend: AbstractTiled, q: Array, k: Array, v: Array, mask: AbstractMask, scale: float
-) -> Array:
-    """Attention of one example by the passes of a tiled backend."""
-    leaves, structure = jax.tree.flatten(mask)
-    how = How(backend, structure, scale)
-    return _run(how, q, k, v, tuple(jnp.asarray(leaf) for leaf in leaves))
 
 
 # Compiled here as well, so that a call outside jit does not trace its loops anew each time.

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from elastictok.attention._backend import Shaped, unsupported_types
 from elastictok.attention._masks import AbstractMask
 from elastictok.attention._tile_sizes import TileKey, TileSizes, XLATileSizes, chip_here, tile_sizes
-from elastictok.attention._tiled import UNSEEN, AbstractTiled, Sight, attend, hull
+from elastictok.attention._tiled import UNSEEN, AbstractTiled, Sight, hull
 
 
 class XLA(AbstractTiled):
@@ -38,17 +38,6 @@ class XLA(AbstractTiled):
 
     def reasons_against(self, q: Shaped, k: Shaped, v: Shaped, mask: AbstractMask) -> list[str]:
         return unsupported_types(q, k, v)
-
-    def __call__(
-        self,
-        q: Float[Array, "tokens heads head_dim"],
-        k: Float[Array, "keys kv_heads head_dim"],
-        v: Float[Array, "keys kv_heads head_dim"],
-        mask: AbstractMask,
-        *,
-        scale: float,
-    ) -> Float[Array, "tokens heads head_dim"]:
-        return attend(self, q, k, v, mask, scale)
 
     def forward(
         self, q: Array, k: Array, v: Array, sight: Sight, *, scale: float, dtype: Any
