@@ -8,9 +8,20 @@ if os.environ.get("ELASTICTOK_TYPECHECK") == "1":
     install_import_hook("elastictok.models", "beartype.beartype")
 
 from . import presets
+from ._card import model_card
 from ._cells import Cells
-from ._elastictok import Cache, Decoder, ElasticTok, ElasticTokOutput, Encoder, trainable
-from ._io import ModelFileError, fingerprint, load, save
+from ._describe import ModelFileError, fingerprint
+from ._elastictok import (
+    Cache,
+    Decoder,
+    ElasticTok,
+    ElasticTokOutput,
+    Encoder,
+    trainable,
+    with_compute_dtype,
+)
+from ._folder import load, load_shapes, push, save
+from ._official import OFFICIAL_FSQ, OFFICIAL_VAE, OfficialConfig, load_official
 from ._order import AbstractOrder, CoarseToFine, Raster
 from ._patching import Patching
 from ._place import PlaceEmbedding
@@ -19,6 +30,8 @@ from ._taildrop import AbstractTailDrop, FixedDrop, LogUniformDrop, UniformDrop,
 from ._transformer import KVCache, Linear, RMSNorm, SwiGLU, Transformer, count_parameters
 
 __all__ = [
+    "OFFICIAL_FSQ",
+    "OFFICIAL_VAE",
     "AbstractOrder",
     "AbstractRotary",
     "AbstractTailDrop",
@@ -35,6 +48,7 @@ __all__ = [
     "Linear",
     "LogUniformDrop",
     "ModelFileError",
+    "OfficialConfig",
     "Patching",
     "PlaceEmbedding",
     "RMSNorm",
@@ -47,9 +61,14 @@ __all__ = [
     "count_parameters",
     "fingerprint",
     "load",
+    "load_official",
+    "load_shapes",
+    "model_card",
     "presets",
+    "push",
     "rotary",
     "rotate",
     "save",
     "trainable",
+    "with_compute_dtype",
 ]

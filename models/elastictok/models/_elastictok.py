@@ -523,6 +523,24 @@ class ElasticTok(eqx.Module):
         return tokens // per_block
 
 
+def with_compute_dtype(model: ElasticTok, dtype: DTypeLike) -> ElasticTok:
+    """The same weights with the transformers' matrix products and attention in another type.
+
+    The residual stream, norms, rotary angles, the projections in and out and the quantizer stay in
+    float32.
+
+    **Arguments:**
+
+    - `dtype`: `jnp.bfloat16` or `jnp.float32`.
+    """
+    stacks = model.encoder.transformer, model.decoder.transformer
+    return eqx.tree_at(
+        lambda m: (m.encoder.transformer, m.decoder.transformer),
+        model,
+        tuple(stack.with_dtype(dtype) for stack in stacks),
+    )
+
+
 def trainable(model: ElasticTok) -> PyTree[bool]:
     """True for each array that gradient descent trains: all but the quantizer's own state."""
     flags = jax.tree.map(eqx.is_inexact_array, model)

@@ -1,6 +1,8 @@
 """Pre-norm transformer layers, stacked and scanned, with rotary positions and a KV cache."""
 
+import dataclasses
 import math
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -172,6 +174,14 @@ class Transformer(eqx.Module):
     def head_dim(self) -> int:
         """Width of a head."""
         return self.dim // self.layers.attention.heads
+
+    def with_dtype(self, dtype: DTypeLike) -> "Transformer":
+        """The same layers, computing in another type."""
+        new = object.__new__(Transformer)  # the constructor would make new weights
+        for field in dataclasses.fields(cast(Any, self)):
+            object.__setattr__(new, field.name, getattr(self, field.name))
+        object.__setattr__(new, "dtype", jnp.dtype(dtype))
+        return new
 
     def __call__(
         self,
