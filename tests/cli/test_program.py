@@ -16,7 +16,17 @@ from elastictok.models import load
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("train",), ("encode",), ("decode",), ("inspect",), ("eval",), ("demo",)]
+    "command",
+    [
+        (),
+        ("train",),
+        ("import-official",),
+        ("encode",),
+        ("decode",),
+        ("inspect",),
+        ("eval",),
+        ("demo",),
+    ],
 )
 def test_help_imports_nothing_that_takes_long(command):
     """Importing jax alone takes over a second."""

@@ -239,3 +239,27 @@ def test_the_encoder_is_told_the_length(model):
     tok = [Tokenizer(model, FixedLength(n)) for n in (4, 16)]
     short, full = (t.encode(clip(2)) for t in tok)
     assert not np.array_equal(short.codes, full.codes[:4])
+
+
+def test_a_window_that_memory_cannot_hold_is_refused_with_one_that_it_can(make_model, monkeypatch):
+    from elastictok.inference import _elastictok_codec
+
+    model = make_model()
+    cache = jax.tree.leaves(model.init_cache(1, height=16, width=16))
+    block = sum(leaf.nbytes for leaf in cache)
+    monkeypatch.setattr(_elastictok_codec, "memory", lambda: 10 * block)
+    tok = Tokenizer(model, FixedLength(4), window=6)
+    with pytest.raises(ValueError, match=r"a window of 6 blocks of 16 tokens .* at most 2"):
+        tok.encode(clip(12))
+    assert Tokenizer(model, FixedLength(4), window=5).encode(clip(12)).window == 5
+    # A short clip fills less.
+    assert tok.encode(clip(6)).window == 4
+    monkeypatch.setattr(_elastictok_codec, "memory", lambda: None)
+    assert tok.encode(clip(12)).window == 6
+
+
+def test_memory_is_that_of_the_machine():
+    from elastictok.inference._elastictok_codec import memory
+
+    found = memory()
+    assert found is None or 2**28 < found < 2**48

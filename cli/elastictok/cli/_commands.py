@@ -76,7 +76,7 @@ class Train:
     resume: bool = False
     """Go on from the newest checkpoint in the run folder, if there is one."""
     init_from: Path | None = None
-    """Model or run folder to start from, instead of random weights."""
+    """Model or run folder, or hf:owner/name, to start from instead of random weights."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also log to these (extras tensorboard and wandb)."""
 
@@ -87,13 +87,37 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class ImportOfficial:
+    """Turn a checkpoint of the official implementation into a model folder."""
+
+    input: Positional[Path]
+    """The checkpoint: params of a released model, or a streaming_params or streaming_train_state
+    that the official training left."""
+    variant: Literal["fsq", "vae"]
+    """The discrete or the continuous model."""
+    out: Output
+    """Model folder to make."""
+    config: Path | None = None
+    """JSON file with the official options of a model of another size than the released one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in the folder: float32 to train on, bfloat16 for half the size."""
+    sha256: str | None = None
+    """What the checkpoint must have, since its format has no checksum of its own."""
+
+    def run(self) -> None:
+        from ._official import import_official
+
+        import_official(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class Encode:
     """Turn a picture or clip into a token file."""
 
     input: Positional[Path]
     """Picture or clip."""
     model: Path
-    """Model or run folder."""
+    """Model or run folder, or hf:owner/name."""
     out: Output
     """Token file to write, .safetensors."""
     threshold: float | None = None
@@ -110,7 +134,8 @@ class Encode:
     native: bool = False
     """Keep the frames' size; by default the short side is resized to the model's."""
     window: int | None = None
-    """Blocks that a block sees, itself included; the model's context by default."""
+    """Blocks that a block sees, itself included; the model's context by default. Memory for as many
+    as the clip has is reserved, so choose fewer for a large model and a long clip."""
 
     def run(self) -> None:
         from ._tokens import encode
@@ -125,7 +150,7 @@ class Decode:
     input: Positional[Path]
     """Token file."""
     model: Path
-    """Model or run folder that encoded it."""
+    """Model or run folder that encoded it, or hf:owner/name."""
     out: Output
     """Picture (.png, .jpg, .webp) or clip (.mp4) to write."""
     length: int | None = None
@@ -155,7 +180,7 @@ class Eval:
     """Measure a model on folders of pictures and clips, beside trivial coders."""
 
     model: Path
-    """Model or run folder."""
+    """Model or run folder, or hf:owner/name."""
     data: tuple[Path, ...]
     """Folders of pictures and clips that the model was not trained on."""
     out: Output
@@ -181,6 +206,7 @@ class Eval:
 COMMANDS = {
     "demo": Demo,
     "train": Train,
+    "import-official": ImportOfficial,
     "encode": Encode,
     "decode": Decode,
     "inspect": Inspect,

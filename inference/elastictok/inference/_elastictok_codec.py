@@ -1,5 +1,6 @@
 """`ElasticTok` as an `ElasticCodec`."""
 
+import os
 from functools import cached_property
 from typing import final
 
@@ -93,12 +94,39 @@ class ElasticTokCodec(ElasticCodec[Stream, Stream]):
         return self.model.tokens_per_block(height, width)
 
     def encoder_state(self, window: int, height: int, width: int) -> Stream:
+        """See `ElasticCodec.encoder_state`.
+
+        **Raises:** `ValueError` if the KV caches of the window do not fit into memory.
+        """
+        self._check_memory(window, height, width)
         cache = self.model.init_cache(window, height=height, width=width)
         return Stream(cache.encoder, window, height, width)
 
     def decoder_state(self, window: int, height: int, width: int) -> Stream:
+        """See `ElasticCodec.decoder_state`.
+
+        **Raises:** `ValueError` if the KV caches of the window do not fit into memory.
+        """
+        self._check_memory(window, height, width)
         cache = self.model.init_cache(window, height=height, width=width)
         return Stream(cache.decoder, window, height, width)
+
+    def _check_memory(self, window: int, height: int, width: int) -> None:
+        # A cache that does not fit ends the process on many systems, instead of raising.
+        here = memory()
+        if here is None:
+            return
+        shapes = jax.eval_shape(lambda: self.model.init_cache(1, height=height, width=width))
+        block = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+        # A call has the states before and after it.
+        fits = here // (2 * block)
+        if window > fits:
+            raise ValueError(
+                f"a window of {window} blocks of {self.tokens_per_block(height, width)} tokens "
+                f"needs KV caches of {2 * window * block / 1e9:.1f} GB, and there are "
+                f"{here / 1e9:.1f} GB of memory; choose a window (--window) of at most "
+                f"{max(fits // 2, 1)}, or a smaller size"
+            )
 
     def encode(
         self, pixels: UInt8[np.ndarray, "frames height width 3"], length: int, state: Stream
@@ -129,6 +157,17 @@ class ElasticTokCodec(ElasticCodec[Stream, Stream]):
                 "or its compute precision overflows"
             )
         return np.asarray(pixels), state
+
+
+def memory() -> int | None:
+    """Bytes that the default device has in all; None where that is unknown."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (ValueError, OSError):
+            return None
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def as_codec(model: ElasticTok | ElasticCodec) -> ElasticCodec:

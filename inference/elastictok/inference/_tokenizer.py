@@ -78,7 +78,7 @@ class Tokenizer(eqx.Module):
         - `model`: an `ElasticTok`, or any other tokenizer behind an `ElasticCodec`.
         - `strategy`: decides the length of each block.
         - `window`: how many blocks, the current one included, a block sees; the model's context by
-          default.
+          default. No more memory than the clip fills is reserved for it.
         - `native`: keep the frames' size. By default the short side is resized to that of the size
           the model was trained at (Pillow's bicubic filter, antialiased).
         - `limit`: most tokens that a block may have; by default four times those at the trained
@@ -131,7 +131,9 @@ class Tokenizer(eqx.Module):
         check_frames(frames)
         check_rate(fps)
         geometry = self._geometry(frames.shape[1], frames.shape[2])
-        results, seconds = zip(*self._blocks(frames, geometry), strict=True)
+        blocks = -(-frames.shape[0] // self.codec.frames_per_block)
+        window = min(self.window, _capacity(blocks))
+        results, seconds = zip(*self._blocks(frames, geometry, window), strict=True)
         kind = self.codec.kind
         values = np.concatenate([r.result for r in results])
         probed = np.array([r.probed for r in results], np.int32)
@@ -156,7 +158,7 @@ class Tokenizer(eqx.Module):
             min_tokens=self.codec.min_tokens,
             codebook_size=None if isinstance(kind, Latents) else kind.codebook_size,
             bits_per_token=self.codec.bits_per_token,
-            window=self.window,
+            window=window,
             fingerprint=self.codec.fingerprint,
             seconds=np.array(seconds, np.float64),
         )
@@ -178,7 +180,7 @@ class Tokenizer(eqx.Module):
         geometry = self._padded(
             (tokens.original_height, tokens.original_width), tokens.height, tokens.width
         )
-        if tokens.window > max(self.window, tokens.blocks):
+        if tokens.window > max(self.window, _capacity(tokens.blocks)):
             raise ValueError(
                 f"the tokens were made with a window of {tokens.window} blocks, and this tokenizer "
                 f"reserves memory for {self.window}; pass window={tokens.window}"
@@ -194,11 +196,11 @@ class Tokenizer(eqx.Module):
         return np.concatenate(frames)[: tokens.frames]
 
     def _blocks(
-        self, frames: np.ndarray, geometry: _Geometry
+        self, frames: np.ndarray, geometry: _Geometry, window: int
     ) -> Iterator[tuple[Allocation[np.ndarray], float]]:
         """Each block's allocation, its result the kept tokens, and the seconds it took."""
-        encoder = self.codec.encoder_state(self.window, *geometry.padded)
-        decoder = self.codec.decoder_state(self.window, *geometry.padded)
+        encoder = self.codec.encoder_state(window, *geometry.padded)
+        decoder = self.codec.decoder_state(window, *geometry.padded)
         for first in range(0, frames.shape[0], self.codec.frames_per_block):
             start = time.perf_counter()
             truth = self.fit(frames[first : first + self.codec.frames_per_block])
@@ -245,3 +247,8 @@ class Tokenizer(eqx.Module):
                 f"shrink the frames, {remedy}, or pass limit={tokens}"
             )
         return _Geometry(original, (height, width), padded, tokens)
+
+
+def _capacity(blocks: int) -> int:
+    """Blocks to reserve memory for: a power of two, so that few windows are compiled for."""
+    return 1 << (blocks - 1).bit_length()

@@ -21,7 +21,7 @@ from ._elastictok import (
     with_compute_dtype,
 )
 from ._folder import load, load_shapes, push, save
-from ._official import OFFICIAL_FSQ, OFFICIAL_VAE, OfficialConfig, load_official
+from ._official import OFFICIAL_FSQ, OFFICIAL_VAE, OfficialConfig, file_sha256, load_official
 from ._order import AbstractOrder, CoarseToFine, Raster
 from ._patching import Patching
 from ._place import PlaceEmbedding
@@ -59,6 +59,7 @@ __all__ = [
     "UniformDrop",
     "WithFull",
     "count_parameters",
+    "file_sha256",
     "fingerprint",
     "load",
     "load_official",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -80,23 +81,11 @@ class OfficialConfig:
     resolution: int = 256
 
     def __post_init__(self) -> None:
-        for name in _TUPLES:
-            value = getattr(self, name)
-            whole = isinstance(value, tuple) and all(type(item) is int for item in value)
-            if not whole or min(value, default=0) < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a list of whole numbers above 0")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} is {value!r}; it must be a whole number above 0")
-            if field.type is float and (
-                type(value) not in (int, float) or not 0 < value < math.inf
-            ):
-                raise ValueError(f"{field.name} is {value!r}; it must be a number above 0")
-        if self.bottleneck_type not in ("fsq", "vae"):
-            raise ValueError(f"bottleneck_type is {self.bottleneck_type!r}; it must be fsq or vae")
-        if len(self.patch_size) != 3:
-            raise ValueError(f"patch_size is {self.patch_size}; give frames, height and width")
+            for number in value if isinstance(value, tuple) else (value,):
+                if field.name != "bottleneck_type" and not 0 < number < math.inf:
+                    raise ValueError(f"{field.name} is {value}; it must be above 0")
         grid = Patching(*self.patch_size).grid(
             self.frames_per_block, self.resolution, self.resolution
         )
@@ -106,6 +95,7 @@ class OfficialConfig:
                 f"pixels in patches of {self.patch_size} has {math.prod(grid)} tokens, and "
                 f"max_toks is {self.max_toks}; give the resolution that the model was trained at"
             )
+        _ = self.quantizer  # which checks its own options
         if self.max_sequence_length % self.max_toks:
             raise ValueError(
                 f"max_sequence_length is {self.max_sequence_length}, which is not a whole number "
@@ -122,6 +112,8 @@ class OfficialConfig:
             options = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(options, dict):
+            raise ValueError(f"{path} holds a {type(options).__name__}, not options by their names")
         try:
             return OfficialConfig.from_options(options)
         except ValueError as error:
@@ -137,33 +129,40 @@ class OfficialConfig:
 
         **Raises:** `ValueError` naming options that do not exist or make no model.
         """
-        if not isinstance(options, Mapping):
-            raise ValueError(f"the options are a {type(options).__name__}, not names with values")
         known = {field.name for field in dataclasses.fields(OfficialConfig)}
         unknown = sorted(str(name) for name in set(options) - known - _RUNNING)
         if unknown:
             near = difflib.get_close_matches(unknown[0], known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"there are no options {', '.join(unknown)}{hint}")
-        values = {name: value for name, value in options.items() if name in known}
-        for name in _TUPLES & set(values):
-            values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
-        bottleneck = values.get("bottleneck_type")
-        if bottleneck not in _RELEASED:
+        bottleneck = options.get("bottleneck_type")
+        if bottleneck not in ("fsq", "vae"):
             raise ValueError(f"bottleneck_type is {bottleneck!r}; it must be fsq or vae")
-        config = _RELEASED[bottleneck]
+        config = OFFICIAL_FSQ if bottleneck == "fsq" else OFFICIAL_VAE
+        values = {
+            name: _like(name, getattr(config, name), value)
+            for name, value in options.items()
+            if name in known
+        }
         if "resolution" not in values:
             values["resolution"] = _square(dataclasses.asdict(config) | values)
         return dataclasses.replace(config, **values)
 
+    @functools.lru_cache(maxsize=8)  # noqa: B019  a config is a few numbers
+    def shapes(self) -> ElasticTok:
+        """The model with a `jax.ShapeDtypeStruct` for each array."""
+        return eqx.filter_eval_shape(self.build, key=jax.random.key(0))
+
+    @property
+    def quantizer(self) -> AbstractQuantizer:
+        """The bottleneck; it has no weights."""
+        if self.bottleneck_type == "fsq":
+            return FSQ(self.fsq_quant_levels)
+        return GaussianVAE(self.vae_bottleneck_dim)
+
     def build(self, *, key: Key[Array, ""]) -> ElasticTok:
         """The model with random weights."""
-        quantizer: AbstractQuantizer = (
-            FSQ(self.fsq_quant_levels)
-            if self.bottleneck_type == "fsq"
-            else GaussianVAE(self.vae_bottleneck_dim)
-        )
-        patching = Patching(*self.patch_size)
+        patching, quantizer = Patching(*self.patch_size), self.quantizer
         encode_key, decode_key = jax.random.split(key)
 
         def sizes(layers: int, key: Key[Array, ""]) -> dict[str, Any]:
@@ -172,7 +171,7 @@ class OfficialConfig:
                 hidden=self.intermediate_size,
                 layers=layers,
                 heads=self.num_attention_heads,
-                rotary=RankRotary(float(self.theta)),
+                rotary=RankRotary(self.theta),
                 eps=self.rms_norm_eps,
                 std=self.initializer_range,
                 remat=True,
@@ -200,8 +199,6 @@ class OfficialConfig:
         )
 
 
-_TUPLES = {"patch_size", "fsq_quant_levels"}
-
 OFFICIAL_FSQ = OfficialConfig(
     bottleneck_type="fsq",
     patch_size=(1, 8, 8),
@@ -223,8 +220,6 @@ OFFICIAL_VAE = OfficialConfig(
     theta=5e6,
 )
 """The released continuous model, ElasticTok-VAE: 8 channels, trained on up to 512K tokens."""
-
-_RELEASED = {"fsq": OFFICIAL_FSQ, "vae": OFFICIAL_VAE}
 
 
 def load_official(
@@ -250,8 +245,7 @@ def load_official(
       official options by name, or the path of a JSON file of them.
     - `dtype`: of the weights in memory: float32 to train on, which is exact; None for that of the
       file.
-    - `shardings`: as for `load`; the model's structure is
-      `eqx.filter_eval_shape(config.build, key=jax.random.key(0))`.
+    - `shardings`: as for `load`; a tree of them is best made from `config.shapes()`.
     - `sha256`: that the whole file must have.
 
     **Raises:** `ModelFileError` listing tensors that are missing, unknown or of another shape, and
@@ -262,7 +256,7 @@ def load_official(
         config = OfficialConfig.from_options(config)
     elif not isinstance(config, OfficialConfig):
         config = OfficialConfig.read(config)
-    model = eqx.filter_eval_shape(config.build, key=jax.random.key(0))
+    model = config.shapes()
     try:
         if sha256 is not None:
             _check_sha256(path, sha256)
@@ -272,7 +266,7 @@ def load_official(
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {error}") from error
     found = {_plain(name): array for name, array in contents.arrays.items()}
-    separate = any(name[2:3] == ("0",) for name in (key.split("/") for key in found))
+    separate = any(part.isdigit() for name in found for part in name.split("/")[2:3])
     sources = {name: _sources(name, leaf.shape, separate) for name, leaf in named(model)}
     needed = {part: _kind(shape) for parts in sources.values() for part, shape in parts.items()}
     faults = differences(
@@ -286,7 +280,7 @@ def load_official(
         raise ModelFileError(
             f"{path} is no checkpoint of this model (bottleneck {config.bottleneck_type}, width "
             f"{config.hidden_size}, {config.num_encoder_layers} + {config.num_decoder_layers} "
-            f"layers):{listed(faults)}"
+            f"layers); give the options of its size, or fetch it again:{listed(faults)}"
         )
     places = placement(model, shardings)
 
@@ -372,6 +366,27 @@ def _read(parts: list[StoredArray], shape: tuple[int, ...]) -> np.ndarray:
     for i, part in enumerate(parts):
         values[i] = part.read()
     return values
+
+
+def _like(name: str, example: Any, value: Any) -> Any:
+    """A JSON value in the type of an option.
+
+    **Raises:** `ValueError` if it has another.
+    """
+    whole = type(value) is int
+    if isinstance(example, int) and not whole:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+    if isinstance(example, float):
+        if not whole and type(value) is not float:
+            raise ValueError(f"{name} is {value!r}; it must be a number")
+        return float(value)
+    if isinstance(example, tuple):
+        if not isinstance(value, list | tuple) or any(type(item) is not int for item in value):
+            raise ValueError(f"{name} is {value!r}; it must be a list of whole numbers")
+        if name == "patch_size" and len(value) != 3:
+            raise ValueError(f"{name} is {value!r}; give frames, height and width")
+        return tuple(value)
+    return value
 
 
 def _square(options: Mapping[str, Any]) -> int:
