@@ -25,7 +25,9 @@ class Linear(eqx.Module):
         self.weight = std * jax.random.normal(key, (in_dim, out_dim))
 
     def __call__(self, x: Float[Array, "tokens in_dim"]) -> Float[Array, "tokens out_dim"]:
-        return x @ self.weight.astype(x.dtype)
+        # Accumulated and returned in float32: what comes next rounds once more, or adds it to the
+        # residual stream as it is.
+        return jnp.matmul(x, self.weight.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 class RMSNorm(eqx.Module):
@@ -90,7 +92,7 @@ class SwiGLU(eqx.Module):
         self.down = Linear(hidden, dim, std=std, key=d)
 
     def __call__(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens dim"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down((jax.nn.silu(self.gate(x)) * self.up(x)).astype(x.dtype))
 
 
 class Layer(eqx.Module):
@@ -237,13 +239,14 @@ class Transformer(eqx.Module):
         h = layer.attention_norm(x).astype(self.dtype)
         split = (x.shape[0], own.heads, self.head_dim)
         q, k, v = (part(h).reshape(split) for part in (own.query, own.key, own.value))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
 
     def _finish(self, layer: Layer, x, attended):
         attended = attended.reshape(x.shape).astype(self.dtype)
-        x = x + layer.attention.out(attended).astype(jnp.float32)
+        x = x + layer.attention.out(attended)
         h = layer.feed_forward_norm(x).astype(self.dtype)
-        return x + layer.feed_forward(h).astype(jnp.float32)
+        return x + layer.feed_forward(h)
 
 
 def count_parameters(module: eqx.Module) -> int:
