@@ -15,6 +15,7 @@ from elastictok.models import (
     count_parameters,
     presets,
     trainable,
+    with_compute_dtype,
 )
 from elastictok.quantizers import FSQ, LFQ, VQ, GaussianVAE, Residual
 
@@ -312,3 +313,18 @@ def test_misfits_are_named(tiny, make_tiny, noise):
         eqx.tree_at(lambda m: m.quantizer, tiny, FSQ((5, 5, 5, 5))).__check_init__()
     with pytest.raises(ValueError, match="the encoder takes 96 values"):
         eqx.tree_at(lambda m: m.patching, tiny, Patching(1, 4, 4)).__check_init__()
+
+
+def test_bfloat16_changes_few_codes_at_the_default_initialisation():
+    """Below 1 %; benchmarks/precision.py has the 200M geometry."""
+    model = presets.small(key=jax.random.key(0))
+    phase = jnp.arange(4)[:, None, None, None] / 4 + jnp.arange(3)
+    y, x = jnp.mgrid[:128, :128][..., None] / 9.0
+    pixels = 0.9 * jnp.sin(x + 0.6 * y + phase) * jnp.cos(y - phase)
+
+    @eqx.filter_jit
+    def codes(model):
+        return model(pixels, jnp.asarray([256])).codes
+
+    share = np.mean(np.asarray(codes(model) != codes(with_compute_dtype(model, jnp.bfloat16))))
+    assert share < 0.01
