@@ -120,7 +120,11 @@ def small(*, key: Key[Array, ""], quantizer: AbstractQuantizer | None = None) ->
 
 
 def elastictok_fsq_200m(*, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> ElasticTok:
-    """The geometry of the released discrete model: 210,165,760 parameters (random here)."""
+    """The geometry of the released discrete model: 210,165,760 parameters (random here).
+
+    `load_official` with `OFFICIAL_FSQ` brings the weights. Nothing of it depends on a defect of the
+    official code; docs/models.md lists what differs.
+    """
     return build(
         size=(256, 256),
         context=256,
@@ -141,7 +145,11 @@ def elastictok_fsq_200m(*, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) 
 
 
 def elastictok_vae_200m(*, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> ElasticTok:
-    """The geometry of the released continuous model: 210,571,264 parameters (random here)."""
+    """The geometry of the released continuous model: 210,571,264 parameters (random here).
+
+    `load_official` with `OFFICIAL_VAE` brings the weights. Nothing of it depends on a defect of the
+    official code; docs/models.md lists what differs.
+    """
     return build(
         size=(256, 256),
         context=256,
