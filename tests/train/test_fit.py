@@ -127,6 +127,7 @@ def test_what_a_run_folder_holds(tmp_path, capsys):
     trained = train(model=model, steps=4, out=out, save_every=2, log_every=2, progress=True)
     assert {path.name for path in out.iterdir()} == {
         "checkpoints",
+        "README.md",
         "config.json",
         "metrics.jsonl",
         "model.safetensors",

@@ -22,7 +22,7 @@ _PACKAGES = ("elastictok", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoin
 class RunFolder:
     """What `fit` writes. Other files in the folder are left alone.
 
-    - `config.json`, `model.safetensors`: a model folder with the best model so far.
+    - `config.json`, `model.safetensors`, `README.md`: a model folder with the best model so far.
     - `metrics.jsonl`: a line per `log_every` steps.
     - `checkpoints/<step>`: to resume from.
     - `sessions.jsonl`: a line per call of `fit`: its settings and the versions it ran with.
