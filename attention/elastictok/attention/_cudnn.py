@@ -226,15 +226,18 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 @jax.custom_batching.custom_vmap
-def _together(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+def _together(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arrays as they are, but if one has a batch axis then all have it, and it comes first."""
     return arrays
 
 
 @_together.def_vmap
 def _(
-    size: int, is_batched: Sequence[Any], arrays: tuple[Array, ...]
-) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
+    # Among what a vjp closes over are literals, which are no `jax.Array`.
+    size: int,
+    is_batched: Sequence[Any],
+    arrays: tuple[Any, ...],
+) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
     whole = tuple(
         x if has_it else jnp.broadcast_to(x, (size, *x.shape))
         for x, has_it in zip(arrays, is_batched[0], strict=True)
