@@ -1,6 +1,9 @@
 """The commands of the README, on the user's own files."""
 
+import dataclasses
+import hashlib
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -213,40 +216,59 @@ def test_a_resized_non_square_picture_keeps_its_aspect(run, tmp_path, run_progra
     assert (tokens.height, tokens.width) == (192, 64)
 
 
-def test_an_official_checkpoint_becomes_a_model_folder(media, tmp_path, run_program):
-    import hashlib
-    import lzma
-
+@pytest.fixture(scope="session")
+def official(tmp_path_factory):
+    """A checkpoint of the official implementation, and its options."""
     data = Path(__file__).parents[1] / "parity" / "data"
-    params, out = tmp_path / "params", tmp_path / "model"
+    params = tmp_path_factory.mktemp("official") / "params"
     params.write_bytes(lzma.decompress((data / "fsq_params_fp32.xz").read_bytes()))
+    return params, data / "fsq_config.json"
+
+
+def test_an_official_checkpoint_becomes_a_model_folder(official, media, tmp_path, run_program):
+    params, config = official
+    out, tokens = tmp_path / "model", tmp_path / "x.safetensors"
     sha = hashlib.sha256(params.read_bytes()).hexdigest()
     base = ("import-official", params, "--variant", "fsq", "-o", out)
-    config = ("--config", data / "fsq_config.json")
     # Without its options the released size is meant, and every misfit listed.
     answer = run_program(*base, code=2)
     assert "encoder/in_proj/kernel is [192, 64], where the model has [192, 1024]" in answer.err
-    answer = run_program(*base, *config, "--sha256", "0" * 64, code=2)
-    assert f"has the sha256 {sha}" in answer.err
-    assert not out.exists()
-    other = ("import-official", params, "--variant", "vae", "-o", out, *config)
-    assert "is of the variant fsq" in run_program(*other, code=2).err
-    answer = run_program(*base, *config, "--sha256", sha)
+    answer = run_program(*base, "--config", config, "--sha256", sha)
     assert "165,376 parameters" in answer.out
     assert sha in (out / "README.md").read_text()
-    assert "already holds a model" in run_program(*base, *config, code=2).err
-    tokens = tmp_path / "x.safetensors"
     run_program("encode", media / "a.png", "--model", out, "--threshold", 0.5, "-o", tokens)
     run_program("decode", tokens, "--model", out, "-o", tmp_path / "y.png")
     assert read_media(tmp_path / "y.png").frames.shape == (1, 32, 40, 3)
-    half = tmp_path / "half"
-    run_program(*base[:-1], half, *config, "--dtype", "bfloat16")
-    sizes = [(folder / "model.safetensors").stat().st_size for folder in (out, half)]
+
+
+def test_what_is_wrong_with_an_import_is_named_and_leaves_nothing(official, tmp_path):
+    from elastictok.cli._commands import ImportOfficial
+
+    params, config = official
+    good = ImportOfficial(params, "fsq", tmp_path / "model", config)
+    for change, message in (
+        ({"sha256": "0" * 64}, "has the sha256"),
+        ({"variant": "vae"}, "is of the variant fsq, and --variant says vae"),
+        ({"input": tmp_path / "absent"}, "absent is missing"),
+        ({"input": config}, "no checkpoint of this model"),
+        ({"config": params}, "is not JSON"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(good, **change).run()
+        assert not good.out.exists()
+    good.run()
+    with pytest.raises(ValueError, match="already holds a model"):
+        good.run()
+    half = dataclasses.replace(good, out=tmp_path / "half", dtype="bfloat16")
+    half.run()
+    sizes = [(command.out / "model.safetensors").stat().st_size for command in (good, half)]
     assert sizes[1] < 0.55 * sizes[0]
 
 
-def test_a_model_is_trained_in_another_context_than_its_presets(media, tmp_path, run_program):
-    out = tmp_path / "run"
-    options = ("--steps", 1, "--batch-size", 2, "--context", 2)
-    run_program("train", "demo", "--data", media, "--out", out, *options)
-    assert load(out).context == 2
+def test_a_preset_is_made_for_another_context():
+    from elastictok.cli._models import make_model
+
+    model = make_model("demo", quantizer=None, context=7, seed=0)
+    assert model.context == 7
+    with pytest.raises(ValueError, match="context is 0"):
+        make_model("demo", quantizer=None, context=0, seed=0)
