@@ -230,7 +230,7 @@ def test_rotation_and_reflection_of_the_container(matrix, tmp_path, make):
     assert (inside > 60).mean() < 0.1
     probe = probe_clip(path)
     assert (probe.height, probe.width) == expected.shape[:2]
-    small = read_clip(path, working=WorkingSize((8, 8), 1.0)).frames
+    small = read_clip(path, working=WorkingSize(((8, 8),), 1.0)).frames
     assert small.shape[1:3] == tuple(side // 4 for side in expected.shape[:2])
     assert np.abs(small[0, 1, 1].astype(int) - expected[0, 0]).max() < 40
 

@@ -53,7 +53,7 @@ def test_every_place_and_both_reflections_are_drawn():
 
 @given(height=SIDES, width=SIDES, size=SIZES, smallest=st.floats(0.05, 1))
 def test_working_size_is_just_large_enough_for_the_smallest_window(height, width, size, smallest):
-    high, wide = WorkingSize(size, smallest)(height, width)
+    high, wide = WorkingSize((size,), smallest)(height, width)
     assert 1 <= high <= height
     assert 1 <= wide <= width
     needed = [side * smallest for side in full(high, wide, size)]

@@ -14,12 +14,14 @@ from elastictok.data import (
     AbstractSource,
     CentreCrop,
     Clip,
+    Component,
     Geometry,
     MediaError,
     MediaWarning,
     MemorySource,
     PackedDataset,
     RandomCrop,
+    WholeClip,
     load_clips,
 )
 
@@ -117,8 +119,8 @@ def test_packing(contents, frames, blocks, batch_size, share, seed):
     assert report.tail_frames == tails
     assert report.documents == sum(len(row) for batch in rows for row in batch)
     identities = {i for batch in rows for row in batch for i, _, _ in row}
-    assert report.pictures == sum(i < pictures for i in identities)
-    assert report.clips == sum(i >= pictures for i in identities)
+    assert report["pictures"].items == sum(i < pictures for i in identities)
+    assert report["clips"].items == sum(i >= pictures for i in identities)
     assert (report.skipped, report.damaged) == ((), ())
     # First-fit: what opened a row or a batch had no room in the rows before.
     for batch in rows:
@@ -162,7 +164,7 @@ def test_a_share_of_nothing_leaves_a_kind_out(share, expected):
         for _ in range(5):
             next(batches)
         report = batches.report()
-    assert {name for name in ("pictures", "clips") if getattr(report, name)} == expected
+    assert {used.name for used in report.components} == expected
 
 
 def test_every_frame_of_every_clip_is_used():
@@ -304,7 +306,9 @@ def dataset_with(**changes):
     [
         ({"seed": 1}, "seed was 0 and is now 1"),
         ({"batch_size": 3}, "batch_size was 2 and is now 3"),
-        ({"image_share": 0.4}, "image_share was 0.5 and is now 0.4"),
+        ({"image_share": 0.4}, r"weights was \[0.5, 0.5\] and is now \[0.4, 0.6\]"),
+        ({"excerpt": WholeClip()}, r"excerpt was RandomStretch\(\) and is now WholeClip\(\)"),
+        ({"clips": library(3, [])}, "other kinds of data are mixed"),
         ({"shard": (0, 2)}, r"shard was \[0, 1\] and is now \[0, 2\]"),
         ({"workers": 2}, "workers was 0 and is now 2"),
         ({"crop": RandomCrop()}, r"crop was CentreCrop\(\) and is now RandomCrop"),
@@ -375,8 +379,10 @@ class Faulty(AbstractSource):
 def faulty(bad_pictures=(), bad_clips=(), pictures=5, clips=3):
     contents = library(pictures, [5] * clips)
     return PackedDataset(
-        pictures=Faulty(contents[:pictures], set(bad_pictures)),
-        clips=Faulty(contents[pictures:], set(bad_clips)),
+        components=(
+            Component("pictures", Faulty(contents[:pictures], set(bad_pictures))),
+            Component("clips", Faulty(contents[pictures:], set(bad_clips))),
+        ),
         geometry=Geometry(SIZE, 2, 2),
         crop=CentreCrop(),
         batch_size=2,
@@ -390,14 +396,20 @@ def test_bad_items_are_skipped_with_one_warning_each_and_counted():
         shown = set(order(batches, 60))
         report = batches.report()
     assert shown == {0, 2, 3, 5, 6}
-    assert dataset.pictures.tried[1] > 1
+    assert dataset.components[0].source.tried[1] > 1
     messages = sorted(str(w.message) for w in caught if w.category is MediaWarning)
     assert messages == [f"skipped number {i}: rotten {i}" for i in (1, 2, 4)]
     assert {(s.name, s.reason) for s in report.skipped} == {
         (f"number {i}", f"rotten {i}") for i in (1, 2, 4)
     }
-    assert (report.pictures, report.clips) == (3, 2)
-    for part in ("3 pictures and 2 clips", "3 files skipped", "number 4: rotten 4"):
+    assert (report["pictures"].items, report["clips"].items) == (3, 2)
+    for part in (
+        "used 5 files",
+        "pictures: 3 in",
+        "clips: 2 in",
+        "3 files skipped",
+        "number 4: rotten 4",
+    ):
         assert part in str(report)
 
 

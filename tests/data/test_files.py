@@ -32,6 +32,10 @@ def take(dataset, count):
         return [next(batches) for _ in range(count)]
 
 
+def used(report):
+    return report["pictures"].items, report["clips"].items
+
+
 def equal(left, right):
     pairs = zip(left, right, strict=True)
     return all((a.pixels == b.pixels).all() and (a.valid == b.valid).all() for a, b in pairs)
@@ -87,7 +91,7 @@ def test_everything_in_nested_folders_is_used(folder):
     with iter(dataset) as batches:
         seen = [next(batches) for _ in range(8)]
         report = batches.report()
-    assert (report.pictures, report.clips, report.skipped) == (6, 4, ())
+    assert (used(report), report.skipped) == ((6, 4), ())
     assert all(batch.pixels.shape == (4, 4, 2, 16, 16, 3) for batch in seen)
     assert np.mean([batch.valid.mean() for batch in seen]) > 0.7
 
@@ -118,9 +122,9 @@ def test_stretches_of_long_clips_are_those_of_the_whole(folder, monkeypatch):
     short = Geometry((16, 16), 1, 2, fps=8)
     read, stretches = source_module.read_stretch, []
 
-    def counting(path, probe, **arguments):
-        stretches.append(path.suffix)
-        return read(path, probe, **arguments)
+    def counting(stored, probe, **arguments):
+        stretches.append(stored.suffix)
+        return read(stored, probe, **arguments)
 
     monkeypatch.setattr(source_module, "read_stretch", counting)
     whole = take(load_folders(folder / "c", short, batch_size=4), 6)
@@ -133,8 +137,8 @@ def test_stretches_of_long_clips_are_those_of_the_whole(folder, monkeypatch):
 def test_decoded_files_stay_within_the_limit(folder):
     dataset = load_folders(folder, GEOMETRY, cache_bytes=30_000)
     take(dataset, 10)
-    cache = dataset.pictures._cache
-    assert cache is dataset.clips._cache
+    cache, other = (component.source._cache for component in dataset.components)
+    assert cache is other
     assert 0 < cache.held <= 30_000
 
 
@@ -162,7 +166,7 @@ def test_broken_files_are_skipped_named_once_and_counted(folder, broken):
     assert len(messages) == 5
     assert all(sum(name in text for text in messages) == 1 for name in names)
     assert {os.path.basename(item.name) for item in report.skipped} == names
-    assert (report.pictures, report.clips) == (6, 4)
+    assert used(report) == (6, 4)
     assert "5 files skipped" in str(report)
     assert all(item.reason in str(report) for item in report.skipped)
 
@@ -281,7 +285,7 @@ def test_workers(folder, broken):
             report = batches.report()
     messages = [str(w.message) for w in caught if w.category is MediaWarning]
     assert len(messages) == len(set(messages)) == len(report.skipped) == 5
-    assert (report.pictures, report.clips) == (6, 4)
+    assert used(report) == (6, 4)
     for batch in seen + expected:
         # Pictures are those blocks of which both frames are the same.
         still = (batch.pixels[:, :, 0] == batch.pixels[:, :, 1]).all((2, 3, 4))[batch.valid]
@@ -306,7 +310,7 @@ def test_reader(folder, broken):
     assert [clip.picture for clip in clips] == [True] * 6 + [False] * 4
     assert all(len(clip.frames) <= 9 for clip in clips)
     report = reader.report()
-    assert (report.pictures, report.clips, report.documents) == (6, 4, 10)
+    assert (used(report), report.documents) == ((6, 4), 10)
     assert len(report.skipped) == 5
     again = [clip.frames.shape for clip in MediaReader(folder, fps=8, max_frames=9)]
     assert again == [clip.frames.shape for clip in clips]

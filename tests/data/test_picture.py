@@ -50,7 +50,7 @@ def test_orientation(orientation, suffix, tmp_path, make):
     expected = UPRIGHT[orientation](stored)
     close(frame, expected, 8 if suffix == "jpg" else 0)
     # The same when it is read small, which is a way of its own through Pillow for JPEG.
-    small = read_picture(tmp_path / f"a.{suffix}", working=WorkingSize((8, 6), 1.0))
+    small = read_picture(tmp_path / f"a.{suffix}", working=WorkingSize(((8, 6),), 1.0))
     factor = 6 / 32 if orientation > 4 else 8 / 32
     assert small.shape[:2] == tuple(round(side * factor) for side in expected.shape[:2])
     high, wide = small.shape[:2]
@@ -250,7 +250,7 @@ def samples():
     cut=st.floats(0, 1),
     spot=st.floats(0, 1),
     noise=st.binary(max_size=12),
-    working=st.sampled_from([None, WorkingSize((3, 3), 1.0)]),
+    working=st.sampled_from([None, WorkingSize(((3, 3),), 1.0)]),
 )
 def test_damaged_bytes_give_a_picture_or_an_error(
     sample, cut, spot, noise, working, tmp_path_factory
@@ -284,13 +284,13 @@ def test_reading_small_is_like_reading_and_scaling_down(suffix, tmp_path):
     pixels = np.stack([wave, wave[::-1], 255 - wave], -1).astype(np.uint8)
     options = {"quality": 98, "subsampling": 0} if suffix == "jpg" else {}
     Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", **options)
-    small = read_picture(tmp_path / f"a.{suffix}", working=WorkingSize((30, 30), 1.0))
+    small = read_picture(tmp_path / f"a.{suffix}", working=WorkingSize(((30, 30),), 1.0))
     assert small.shape == (30, 42, 3)
     means = pixels.reshape(30, 10, 42, 10, 3).mean((1, 3))
     assert np.abs(small - means).mean() < 2
-    half = read_picture(tmp_path / f"a.{suffix}", working=WorkingSize((150, 150), 1.0))
+    half = read_picture(tmp_path / f"a.{suffix}", working=WorkingSize(((150, 150),), 1.0))
     assert half.shape == (150, 210, 3)
     means = pixels.reshape(150, 2, 210, 2, 3).mean((1, 3))
     assert np.abs(half - means).mean() < 1
-    kept = read_picture(tmp_path / f"a.{suffix}", working=WorkingSize((300, 300), 1.0))
+    kept = read_picture(tmp_path / f"a.{suffix}", working=WorkingSize(((300, 300),), 1.0))
     assert kept.shape == (300, 420, 3)

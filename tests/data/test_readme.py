@@ -18,6 +18,6 @@ def test_snippets(tmp_path, make, monkeypatch, capsys):
     for snippet in snippets:
         # Compiled, not evaluated from data: this is our own file, and its promises are the test.
         exec(compile(snippet, str(README), "exec"), {"__name__": "__main__"})
-    assert "used 1 pictures and 1 clips" in capsys.readouterr().out
+    assert "used 2 files" in capsys.readouterr().out
     assert (tmp_path / "first.png").exists()
     assert (tmp_path / "copy.mp4").exists()

@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, arg, subcommand
 
 Output = Annotated[Path, arg(aliases=("-o",))]
 QuantizerName = Literal["fsq", "vae", "vq", "lfq", "residual"]
@@ -41,8 +41,9 @@ class Train:
 
     preset: Positional[str]
     """Model to train: demo, small, elastictok_fsq_200m or elastictok_vae_200m."""
-    data: tuple[Path, ...]
-    """Folders of pictures (jpg, png, webp) and clips (mp4, webm, avi, mov), nested as you like."""
+    data: tuple[str, ...]
+    """Folders of pictures (jpg, png, webp) and clips (mp4, webm, avi, mov), nested as you like, or
+    data sets made by `data build`. FOLDER:0.3 for each gives every one that share of the blocks."""
     out: Output
     """Run folder: metrics.jsonl, checkpoints and the model itself."""
     steps: int = 20_000
@@ -65,6 +66,11 @@ class Train:
     """How kept lengths are drawn."""
     fps: float = 8.0
     """Frames per second that clips are read at."""
+    image_share: float = 0.5
+    """Of the blocks that a folder with both kinds gives, the share of pictures."""
+    whole_clips: bool = False
+    """Use clips from beginning to end, going on from one sequence to the next, instead of a random
+    stretch each time."""
     save_every: int = 1000
     """Steps between checkpoints."""
     log_every: int = 10
@@ -203,8 +209,73 @@ class Eval:
         evaluate_folders(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class DataBuild:
+    """Make a data set of folders of pictures and clips, for training: shards of records and an
+    index. Called again after an interruption, it goes on."""
+
+    folders: Positional[tuple[Path, ...]]
+    """Folders of pictures and clips, nested as you like."""
+    out: Output
+    """Folder to make. Names what could not be used in rejected.tsv and damaged.tsv."""
+    resolution: int | None = None
+    """Scale down what has a longer short side, in pixels, and encode it anew. Without it, and
+    without --fps, the bytes of the files are kept as they are."""
+    fps: float | None = None
+    """Resample clips of more frames per second, and encode them anew."""
+    workers: int = 0
+    """Processes; 0 works in this one."""
+    shard: str = "0/1"
+    """I/N: do part I of N, counted from 0, for arrays of jobs on machines with a common file
+    system. The part that ends last completes the data set."""
+    shard_megabytes: int | None = None
+    """Of files that go into one shard file; by default a 32nd of all, between 4 and 256."""
+    source: str = ""
+    """Where the files are from; kept in every record."""
+    licence: str = ""
+    """Under which licence; kept in every record."""
+    table: Path | None = None
+    """File of tab-separated columns path, source, licence that says so for single files."""
+    runner: str | None = None
+    """Run the parts as a pipeline of Apache Beam instead (extra beam): DirectRunner,
+    DataflowRunner, FlinkRunner, ..."""
+    runner_options: tuple[str, ...] = ()
+    """More options for Beam and its runner, such as direct_num_workers=2."""
+
+    def run(self) -> None:
+        from ._data import build_data
+
+        build_data(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataShow:
+    """Say what is in a data set that was built, and draw a sheet of pictures from it."""
+
+    data: Positional[Path]
+    """The folder that was built."""
+    sheet: Path | None = None
+    """PNG to write; by default contact-sheet.png in the data set."""
+
+    def run(self) -> None:
+        from ._data import show_data
+
+        show_data(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Build data sets and look at them."""
+
+    command: Annotated[DataBuild, subcommand("build")] | Annotated[DataShow, subcommand("show")]
+
+    def run(self) -> None:
+        self.command.run()
+
+
 COMMANDS = {
     "demo": Demo,
+    "data": Data,
     "train": Train,
     "import-official": ImportOfficial,
     "encode": Encode,

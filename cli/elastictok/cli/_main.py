@@ -27,7 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="elastictok",
         description=DESCRIPTION,
         args=arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.OmitSubcommandPrefixes,
+            tyro.conf.FlagCreatePairsOff,
+        ),
     )
     warnings.showwarning = _show_warning
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import optax
 
-from elastictok.data import Geometry, RandomCrop, load_folders
+from elastictok.data import Geometry, RandomCrop, RandomStretch, WholeClip, load_folders
 from elastictok.models import AbstractTailDrop, ElasticTok, LogUniformDrop, UniformDrop, load
 from elastictok.train import (
     AbstractTracker,
@@ -23,6 +23,7 @@ from elastictok.train import (
 )
 
 from ._commands import Train
+from ._data import weighted
 from ._models import make_model, with_context
 
 SETTINGS = "train.json"
@@ -37,9 +38,11 @@ def train(command: Train) -> None:
         _check_unchanged(command.out, settings)
     model = _start(command)
     dataset = load_folders(
-        command.data,
+        weighted(command.data),
         Geometry(model.size, model.frames_per_block, model.context, command.fps),
         crop=RandomCrop(0.5, 1.0),
+        excerpt=WholeClip() if command.whole_clips else RandomStretch(),
+        image_share=command.image_share,
         batch_size=command.batch_size,
         seed=command.seed,
         workers=command.workers,

@@ -7,58 +7,107 @@ if os.environ.get("ELASTICTOK_TYPECHECK") == "1":
 
     install_import_hook("elastictok.data", "beartype.beartype")
 
+from elastictok.data._beam import build_with_beam
+from elastictok.data._build import Built, Progress, build
+from elastictok.data._built import INDEX, BuiltDataset, Records
 from elastictok.data._cache import Cache
 from elastictok.data._clip import MAX_BYTES
-from elastictok.data._crop import AbstractCrop, CentreCrop, RandomCrop, Window, WorkingSize
-from elastictok.data._dataset import BatchIterator, PackedDataset, load_clips, load_folders
+from elastictok.data._crop import (
+    AbstractCrop,
+    CentreCrop,
+    RandomCrop,
+    Window,
+    WorkingSize,
+    aspect_buckets,
+)
+from elastictok.data._dataset import (
+    BatchIterator,
+    Component,
+    PackedDataset,
+    load_clips,
+    load_folders,
+)
+from elastictok.data._document import AbstractExcerpt, RandomStretch, WholeClip
 from elastictok.data._errors import MediaError, MediaWarning
 from elastictok.data._find import CLIPS, PICTURES, Media, find_media
 from elastictok.data._media import MediaReader, read_media
 from elastictok.data._picture import MAX_PIXELS
-from elastictok.data._report import Damaged, Report, Skipped
+from elastictok.data._prepare import MAX_RECORD_BYTES, Encoding, Listed, make_record
+from elastictok.data._record import Record
+from elastictok.data._report import Damaged, Report, Skipped, Used
+from elastictok.data._show import contact_sheet, describe_data
 from elastictok.data._source import (
     AbstractItem,
+    AbstractLibrary,
     AbstractSource,
-    ClipFiles,
+    Chain,
+    ClipSource,
+    Files,
     MemorySource,
-    PictureFiles,
+    PictureSource,
     Request,
 )
+from elastictok.data._stored import Blob, Stored
 from elastictok.data._types import Batch, Clip, Geometry
 from elastictok.data._write import write_clip, write_picture
 
 __all__ = [
     "CLIPS",
+    "INDEX",
     "MAX_BYTES",
     "MAX_PIXELS",
+    "MAX_RECORD_BYTES",
     "PICTURES",
     "AbstractCrop",
+    "AbstractExcerpt",
     "AbstractItem",
+    "AbstractLibrary",
     "AbstractSource",
     "Batch",
     "BatchIterator",
+    "Blob",
+    "Built",
+    "BuiltDataset",
     "Cache",
     "CentreCrop",
+    "Chain",
     "Clip",
-    "ClipFiles",
+    "ClipSource",
+    "Component",
     "Damaged",
+    "Encoding",
+    "Files",
     "Geometry",
+    "Listed",
     "Media",
     "MediaError",
     "MediaReader",
     "MediaWarning",
     "MemorySource",
     "PackedDataset",
-    "PictureFiles",
+    "PictureSource",
+    "Progress",
     "RandomCrop",
+    "RandomStretch",
+    "Record",
+    "Records",
     "Report",
     "Request",
     "Skipped",
+    "Stored",
+    "Used",
+    "WholeClip",
     "Window",
     "WorkingSize",
+    "aspect_buckets",
+    "build",
+    "build_with_beam",
+    "contact_sheet",
+    "describe_data",
     "find_media",
     "load_clips",
     "load_folders",
+    "make_record",
     "read_media",
     "write_clip",
     "write_picture",

@@ -8,7 +8,7 @@ gives the same pixels every time.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,13 @@ from jaxtyping import Int64, UInt8
 from elastictok.data._crop import WorkingSize
 from elastictok.data._errors import MediaError
 from elastictok.data._picture import MAX_PIXELS, describe
+from elastictok.data._stored import Blob, Stored, readable
 from elastictok.data._types import MAX_FPS, Clip, check_fps
 
 MAX_BYTES = 2**33
 """Most memory that the frames of one clip may take unless asked otherwise: 8 GiB."""
+
+_MOST_FRAMES = 2**20  # twelve hours at 24 frames per second
 
 # Some containers round time stamps to milliseconds, so that a frame seems to come a little late.
 # Not a whole number of them, so that rounded sums never decide.
@@ -80,22 +83,92 @@ class Probe:
         return max(1, math.ceil((self.duration - _TOLERANCE) * rate))
 
 
-def probe_clip(path: Path, *, max_pixels: int = MAX_PIXELS) -> Probe:
+def probe_clip(stored: Stored, *, max_pixels: int = MAX_PIXELS) -> Probe:
     """Reads the header and the first frame.
 
     **Raises:** `MediaError`.
     """
-    with _opened(path, max_pixels) as reel:
+    with _opened(stored, max_pixels) as reel:
         first = next(reel.frames(), None)
         if first is None:
-            raise MediaError(path, "no frame of it can be decoded")
+            raise MediaError(str(stored), "no frame of it can be decoded")
         height, width = _Turn.of(first.frame).size(first.frame.height, first.frame.width)
         rate = min(reel.rate or 1 / first.duration, MAX_FPS)
         return Probe(first.time, reel.duration(first.time), rate, height, width)
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a clip turns out to hold when all of it is decoded.
+
+    **Arguments:**
+
+    - `height`, `width`: of the upright frame.
+    - `frames`: how many were decoded.
+    - `rate`: average frames per second.
+    - `duration`: seconds from the first frame to the end of the last.
+    - `missing`: how many frames the container promises, at least, that could not be decoded.
+    """
+
+    height: int
+    width: int
+    frames: int
+    rate: float
+    duration: float
+    missing: int
+
+
+def measure_clip(stored: Stored, *, max_pixels: int = MAX_PIXELS) -> Measured:
+    """Decodes a clip and keeps nothing of it.
+
+    **Raises:** `MediaError` if no frame can be decoded.
+    """
+    with _opened(stored, max_pixels) as reel:
+        first = last = None
+        count = 0
+        for timed in reel.frames():
+            first = first or timed
+            last = timed
+            count += 1
+        if first is None or last is None:
+            raise MediaError(str(stored), "no frame of it can be decoded")
+        height, width = _Turn.of(first.frame).size(first.frame.height, first.frame.width)
+        return Measured(
+            height=height,
+            width=width,
+            frames=count,
+            rate=float(reel.measured_rate),
+            duration=last.time + last.duration - first.time,
+            missing=reel.failures + max(0, reel.promised - reel.packets),
+        )
+
+
+def clip_frames(
+    stored: Stored,
+    *,
+    fps: float | int | None,
+    working: Callable[[int, int], tuple[int, int]],
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+    """The frames of a clip one by one; see [`read_clip`][], which holds them all.
+
+    **Raises:** `MediaError`; also where time stamps would have more than 2^20 frames filled in.
+    """
+    with _opened(stored, max_pixels) as reel:
+        convert = None
+        for run in _runs(reel.frames(), fps):
+            convert = convert or _Converter(run.frame, working)
+            if run.stop > _MOST_FRAMES:
+                raise MediaError(
+                    str(stored), f"it has more than {_MOST_FRAMES} frames; cut it or lower fps"
+                )
+            frame = convert(run.frame)
+            for _ in range(run.first, run.stop):
+                yield frame
+
+
 def read_clip(
-    path: Path,
+    stored: Stored,
     *,
     fps: float | int | None = None,
     max_frames: int | None = None,
@@ -110,7 +183,7 @@ def read_clip(
     check_fps(fps)
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames is {max_frames}; it must be at least 1, or None for all")
-    with _opened(path, max_pixels) as reel:
+    with _opened(stored, max_pixels) as reel:
         frames: list[np.ndarray] = []
         convert = None
         to_the_end = True
@@ -125,16 +198,16 @@ def read_clip(
                     f"its frames take more than {max_bytes} bytes; "
                     "lower fps, set max_frames or raise max_bytes"
                 )
-                raise MediaError(path, reason)
+                raise MediaError(str(stored), reason)
             frames += [convert(run.frame)] * (stop - run.first)
         if not frames:
-            raise MediaError(path, "no frame of it can be decoded")
+            raise MediaError(str(stored), "no frame of it can be decoded")
         missing = reel.failures + (max(0, reel.promised - reel.packets) if to_the_end else 0)
-        return Clip(_stack(frames), float(fps or reel.measured_rate), path, missing)
+        return Clip(_stack(frames), float(fps or reel.measured_rate), _path(stored), missing)
 
 
 def read_stretch(
-    path: Path,
+    stored: Stored,
     probe: Probe,
     *,
     rate: float,
@@ -147,18 +220,18 @@ def read_stretch(
 
     **Arguments:**
 
-    - `path`, `probe`: the file and what [`probe_clip`][] said of it.
+    - `stored`, `probe`: the file and what [`probe_clip`][] said of it.
     - `rate`: the frames per second that the clip is resampled to.
     - `start`, `count`: the first frame and how many, at that rate.
     - `max_pixels`, `working`: as for [`read_clip`][].
 
-    **Returns:** the same frames as `read_clip(path, fps=rate)[start : start + count]` of an intact
-    file; fewer, perhaps none, where the clip ends before the container says.
+    **Returns:** the same frames as `read_clip(stored, fps=rate)[start : start + count]` of an
+    intact file; fewer, perhaps none, where the clip ends before the container says.
 
     **Raises:** `MediaError`.
     """
     time = probe.start + start / rate
-    with _opened(path, max_pixels) as reel:
+    with _opened(stored, max_pixels) as reel:
         if start > 0 and reel.seek(time):
             frames = reel.frames()
             first = next(frames, None)
@@ -166,7 +239,7 @@ def read_stretch(
                 runs = _runs(_chain(first, frames), rate, probe.start)
                 return _collect(runs, start, count, probe, working)
     # The index of the file led nowhere or too far: decode from its beginning.
-    with _opened(path, max_pixels) as reel:
+    with _opened(stored, max_pixels) as reel:
         return _collect(_runs(reel.frames(), rate, probe.start), start, count, probe, working)
 
 
@@ -189,47 +262,51 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, max_pixels: int) -> Iterator["_Reel"]:
+def _opened(stored: Stored, max_pixels: int) -> Iterator["_Reel"]:
     """Opens a clip; what goes wrong with the file while it is open becomes a `MediaError`."""
     try:
-        with _container(path) as container:
-            yield _Reel(path, container, _video_stream(path, container, max_pixels), max_pixels)
+        with _container(stored) as container:
+            stream = _video_stream(stored, container, max_pixels)
+            yield _Reel(stored, container, stream, max_pixels)
     except MediaError:
         raise
     except _FAILURES as error:
-        raise MediaError(path, _reason(error)) from error
+        raise MediaError(str(stored), _reason(error)) from error
 
 
-def _container(path: Path) -> InputContainer:
+def _container(stored: Stored) -> InputContainer:
     try:
-        # Absolute, because ffmpeg would take "a:b.mp4" for an address.
-        return av.open(str(path.absolute()), "r", options=_OPTIONS, **_LENIENT)
+        return av.open(readable(stored), "r", options=_OPTIONS, **_LENIENT)
     except av.error.ArgumentError as error:
         reason = "not a clip in a container that is read (mp4, mov, mkv, webm, avi, gif)"
-        raise MediaError(path, reason) from error
+        raise MediaError(str(stored), reason) from error
 
 
-def _video_stream(path: Path, container: InputContainer, max_pixels: int) -> VideoStream:
+def _video_stream(stored: Stored, container: InputContainer, max_pixels: int) -> VideoStream:
     for stream in container.streams.video:
         # A cover picture in a music file is a video stream of one frame.
         if not stream.disposition & Disposition.attached_pic:
             # PyAV's types do not say so, but there is none for a codec that is not known.
             if stream.codec_context is None:
-                raise MediaError(path, "its video has an unknown codec")
+                raise MediaError(str(stored), "its video has an unknown codec")
             stream.thread_type = "SLICE"
             stream.codec_context.thread_count = 1
             # Against frames that are larger than the header says. Not exact, because ffmpeg
             # counts its padding too.
             stream.codec_context.options = {"max_pixels": str(2 * max_pixels + 2**20)}
-            _check_size(path, stream.codec_context.width, stream.codec_context.height, max_pixels)
+            _check_size(stored, stream.codec_context.width, stream.codec_context.height, max_pixels)
             return stream
-    raise MediaError(path, "no video in this file (sound only?)")
+    raise MediaError(str(stored), "no video in this file (sound only?)")
 
 
-def _check_size(path: Path, width: int, height: int, limit: int) -> None:
+def _check_size(stored: Stored, width: int, height: int, limit: int) -> None:
     if width * height > limit:
         size = f"frames of {width} x {height} pixels"
-        raise MediaError(path, f"{size}, above the limit of {limit}; raise max_pixels")
+        raise MediaError(str(stored), f"{size}, above the limit of {limit}; raise max_pixels")
+
+
+def _path(stored: Stored) -> Path:
+    return Path(stored.name) if isinstance(stored, Blob) else stored
 
 
 def _reason(error: Exception) -> str:
@@ -241,10 +318,10 @@ def _reason(error: Exception) -> str:
 class _Reel:
     """An open clip, decoded from where it stands."""
 
-    def __init__(self, path: Path, container: InputContainer, stream: VideoStream, limit: int):
+    def __init__(self, stored: Stored, container: InputContainer, stream: VideoStream, limit: int):
         self.packets = 0
         self.failures = 0
-        self._path = path
+        self._stored = stored
         self._container = container
         self._stream = stream
         self._limit = limit
@@ -318,7 +395,7 @@ class _Reel:
                 self.failures += 1
                 continue
             for frame in frames:
-                _check_size(self._path, frame.width, frame.height, self._limit)
+                _check_size(self._stored, frame.width, frame.height, self._limit)
                 yield frame
 
     def _demuxed(self) -> Iterator[Packet | None]:
@@ -434,7 +511,7 @@ class _Converter:
     A stream that changes its size midway is scaled to it.
     """
 
-    def __init__(self, first: VideoFrame, working: WorkingSize | None):
+    def __init__(self, first: VideoFrame, working: Callable[[int, int], tuple[int, int]] | None):
         self._turn = _Turn.of(first)
         size = self._turn.size(first.height, first.width)
         height, width = size if working is None else working(*size)
@@ -446,17 +523,20 @@ class _Converter:
         height, width = self._size
         shrinks = height * width < frame.height * frame.width
         seen_through = any(component.is_alpha for component in frame.format.components)
-        pixels = self._reformatter.reformat(
+        converted = self._reformatter.reformat(
             frame,
             width=width,
             height=height,
             format="rgba" if seen_through else "rgb24",
             interpolation=(AREA if shrinks else BILINEAR) | EXACT,
             threads=1,
-        ).to_ndarray()
-        if seen_through:
-            pixels = _on_white(pixels)
-        return self._turn.apply(pixels)
+        )
+        # A view: what is made of it is copied once, into the whole.
+        plane: Any = converted.planes[0]
+        rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
+        channels = 4 if seen_through else 3
+        pixels = rows[:, : width * channels].reshape(height, width, channels)
+        return self._turn.apply(_on_white(pixels) if seen_through else pixels)
 
 
 def _on_white(

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -126,25 +127,66 @@ def largest_window(height: int, width: int, size: tuple[int, int]) -> tuple[int,
     return min(height, max(1, round(width * high / wide))), width
 
 
+def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> int:
+    """Which of `sizes` (height, width) has the aspect nearest to that of a frame, by ratio; the
+    first of those equally near."""
+    aspect = math.log(width / height)
+    return min(range(len(sizes)), key=lambda i: abs(aspect - math.log(sizes[i][1] / sizes[i][0])))
+
+
+def aspect_buckets(
+    size: tuple[int, int],
+    *,
+    multiple: int,
+    ratios: Sequence[float | int] = (9 / 16, 3 / 4, 1, 4 / 3, 16 / 9),
+) -> tuple[tuple[int, int], ...]:
+    """Frame sizes of other aspects than `size`, and of no larger area: for the `buckets` of
+    [`Geometry`][]. A compiled training step is compiled once more for each.
+
+    **Arguments:**
+
+    - `size`: height and width in pixels, multiples of `multiple`.
+    - `multiple`: of both sides, in pixels: the patch.
+    - `ratios`: widths divided by heights, met as nearly as the multiple allows.
+
+    **Returns:** sizes (height, width), without `size` and without duplicates.
+
+    **Raises:** `ValueError` for a size that is no multiple, or a ratio that is not above 0.
+    """
+    if multiple < 1 or min(size) < 1 or size[0] % multiple or size[1] % multiple:
+        raise ValueError(f"size is {size}; both sides must be positive multiples of {multiple}")
+    cells = size[0] * size[1] // multiple**2
+    found = []
+    for ratio in ratios:
+        if not 0 < ratio < math.inf:
+            raise ValueError(f"a ratio is {ratio}; it must be above 0, width divided by height")
+        ideal = min(float(cells), max(1.0, math.sqrt(cells * ratio)))
+        pairs = [(cells // wide, wide) for wide in (math.floor(ideal), math.ceil(ideal))]
+        high, wide = min(pairs, key=lambda pair: abs(math.log(pair[1] / pair[0] / ratio)))
+        found.append((high * multiple, wide * multiple))
+    return tuple(other for other in dict.fromkeys(found) if other != size)
+
+
 @dataclasses.dataclass(frozen=True)
 class WorkingSize:
     """The size at which frames are kept in memory: no larger than the crops can use.
 
-    It is the smallest at which a window of the smallest scale still has `size` pixels, so a crop
-    never scales up what the file holds in full; frames below it keep their size.
+    It is the smallest at which a window of the smallest scale still has the size wanted, so a
+    crop never scales up what the file holds in full; frames below it keep their size.
 
     **Arguments:**
 
-    - `size`: height and width of the frames asked for.
+    - `sizes`: heights and widths of the frames asked for; that of the nearest aspect counts.
     - `smallest_scale`: see [`AbstractCrop`][].
     """
 
-    size: tuple[int, int]
+    sizes: tuple[tuple[int, int], ...]
     smallest_scale: float
 
     def __call__(self, height: int, width: int) -> tuple[int, int]:
-        high, wide = largest_window(height, width, self.size)
-        scale = max(self.size[0] / high, self.size[1] / wide) / self.smallest_scale
+        size = self.sizes[nearest_size(height, width, self.sizes)]
+        high, wide = largest_window(height, width, size)
+        scale = max(size[0] / high, size[1] / wide) / self.smallest_scale
         if scale >= 1:
             return height, width
         return math.ceil(height * scale), math.ceil(width * scale)

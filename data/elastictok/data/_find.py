@@ -69,50 +69,69 @@ def find_media(folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     )
 
 
+def walk(root: Path) -> Iterator[str]:
+    """Files in a folder and below it, of any suffix: names below `root`, with forward slashes.
+
+    They come sorted, though no more than the entries of one folder, and of those above it, are
+    held at once. Names that begin with a dot are left out; see [`find_media`][].
+
+    **Raises:** `MediaError` for a folder that cannot be listed.
+    """
+    entered: set[tuple[int, int]] = set()
+    pending = [_entries(root, "", entered)]
+    while pending:
+        if not pending[-1]:
+            pending.pop()
+            continue
+        name = pending[-1].pop()
+        if name.endswith("/"):
+            pending.append(_entries(root, name, entered))
+        else:
+            yield name
+
+
+def _entries(root: Path, below: str, entered: set[tuple[int, int]]) -> list[str]:
+    """Files of one folder, and folders with a slash at the end; the first one last."""
+    folder = root / below
+    try:
+        status = folder.stat()
+        identity = (status.st_dev, status.st_ino)
+        if identity in entered:
+            return []
+        entered.add(identity)
+        names = [
+            f"{below}{entry.name}/" if entry.is_dir() else f"{below}{entry.name}"
+            for entry in os.scandir(folder)
+            if not entry.name.startswith(".")
+            and (entry.is_dir() or entry.is_file() or entry.is_symlink())
+        ]
+    except OSError as error:
+        raise MediaError(
+            folder, f"cannot be listed ({error.strerror}); allow it or leave the folder out"
+        ) from error
+    # With the slash, the order within folders adds up to that of whole names.
+    return sorted(names, reverse=True)
+
+
 def _one(root: Path) -> list[Path]:
     if root.is_dir():
-        others: list[str] = []
-        names = sorted(_walk(root, others))
-        if not names:
-            seen = f"; it holds {len(others)} other files, such as {others[0]}" if others else ""
+        paths: list[Path] = []
+        others = 0
+        other = ""
+        for name in walk(root):
+            path = root / name
+            if is_picture(path) or is_clip(path):
+                paths.append(path)
+            else:
+                others, other = others + 1, other or name
+        if not paths:
+            seen = f"; it holds {others} other files, such as {other}" if others else ""
             raise MediaError(
                 root, f"no picture or clip in this folder or below it (looked for {wanted()}){seen}"
             )
-        return [root / name for name in names]
+        return paths
     if not os.path.lexists(root):
         raise MediaError(root, "no such file or folder; check the spelling")
     if not (is_picture(root) or is_clip(root)):
         raise MediaError(root, f"neither a folder nor a picture or clip (of {wanted()})")
     return [root]
-
-
-def _walk(root: Path, others: list[str]) -> Iterator[str]:
-    """Yields paths below `root` with forward slashes; fills `others` with names left out."""
-    entered = set()
-    pending = [""]
-    while pending:
-        below = pending.pop()
-        folder = root / below
-        try:
-            status = folder.stat()
-            identity = (status.st_dev, status.st_ino)
-            if identity in entered:
-                continue
-            entered.add(identity)
-            # Sorted here too: which of two links to one folder is entered must not depend on
-            # the order in which the file system lists them.
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
-        except OSError as error:
-            raise MediaError(
-                folder, f"cannot be listed ({error.strerror}); allow it or leave the folder out"
-            ) from error
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            name = f"{below}/{entry.name}" if below else entry.name
-            if entry.is_dir():
-                pending.append(name)
-            elif Path(name).suffix.lower() not in PICTURES + CLIPS:
-                others.append(name)
-            elif entry.is_file() or entry.is_symlink():
-                yield name

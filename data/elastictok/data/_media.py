@@ -1,5 +1,6 @@
 """Reading one file, whatever its kind, and the files of a folder one by one."""
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from elastictok.data._clip import MAX_BYTES, read_clip
 from elastictok.data._errors import MediaError, MediaWarning
 from elastictok.data._find import find_media, is_clip, is_picture, wanted
 from elastictok.data._picture import MAX_PIXELS, read_picture
-from elastictok.data._report import Damaged, Report, Skipped
+from elastictok.data._report import Damaged, Report, Skipped, Used
 from elastictok.data._types import Clip
 
 
@@ -91,6 +92,7 @@ class MediaReader:
 
     def __iter__(self) -> Iterator[Clip]:
         self._report = Report()
+        counts = {"pictures": 0, "clips": 0}
         for path in self.paths:
             try:
                 clip = read_media(
@@ -101,14 +103,19 @@ class MediaReader:
                     max_bytes=self._max_bytes,
                 )
             except MediaError as error:
-                self._report += Report(skipped=(Skipped(str(path), error.reason),))
+                skipped = Skipped(str(path), error.reason)
+                self._report = dataclasses.replace(
+                    self._report, skipped=(*self._report.skipped, skipped)
+                )
                 warnings.warn(f"skipped {error}", MediaWarning, stacklevel=2)
                 continue
-            self._report += Report(
-                pictures=int(clip.picture),
-                clips=int(not clip.picture),
-                documents=1,
-                damaged=(Damaged(str(path), clip.missing),) if clip.missing else (),
+            counts["pictures" if clip.picture else "clips"] += 1
+            damaged = (Damaged(str(path), clip.missing),) if clip.missing else ()
+            self._report = dataclasses.replace(
+                self._report,
+                # Blocks are not known here.
+                components=tuple(Used(kind, n, n, 0) for kind, n in counts.items()),
+                damaged=self._report.damaged + damaged,
             )
             yield clip
         if not self._report.used:

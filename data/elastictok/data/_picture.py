@@ -1,13 +1,18 @@
-"""Pictures, through Pillow."""
+"""Pictures, through Pillow; JPEG through simplejpeg where that is installed."""
 
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-from elastictok.data._crop import WorkingSize
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
 from elastictok.data._errors import MediaError
+from elastictok.data._stored import Stored, read_bytes, readable
 
 MAX_PIXELS = 1024**3 // 12
 """Largest picture, or frame of a clip, that is decoded unless asked otherwise: 89 megapixels,
@@ -28,39 +33,45 @@ _UPRIGHT = {
 
 
 def read_picture(
-    path: Path, *, max_pixels: int = MAX_PIXELS, working: WorkingSize | None = None
+    stored: Stored,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    working: Callable[[int, int], tuple[int, int]] | None = None,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Reads a picture: upright, three channels, 8 bits.
 
     **Arguments:**
 
-    - `path`: the file; of an animated one, the first frame.
+    - `stored`: the file or its bytes; of an animated one, the first frame.
     - `max_pixels`: larger pictures are refused before they are decoded.
-    - `working`: if given, the picture is scaled down to it, which is cheaper than decoding JPEG
-        in full.
+    - `working`: if given, says to which height and width a picture of a height and width is scaled
+        down, which is cheaper than decoding JPEG in full.
 
     **Raises:** `MediaError`.
     """
     try:
-        with Image.open(path, formats=_FORMATS) as image:
-            return _pixels(image, path, max_pixels, working)
+        with Image.open(readable(stored), formats=_FORMATS) as image:
+            return _pixels(image, stored, max_pixels, working)
     except MediaError:
         raise
     except UnidentifiedImageError as error:
         reason = "not a picture in a format that is read (BMP, JPEG, PNG, WebP)"
-        raise MediaError(path, reason) from error
+        raise MediaError(str(stored), reason) from error
     # Pillow's parsers let all kinds of exceptions through when the bytes are damaged.
     except Exception as error:
-        raise MediaError(path, describe(error)) from error
+        raise MediaError(str(stored), describe(error)) from error
 
 
 def _pixels(
-    image: Image.Image, path: Path, max_pixels: int, working: WorkingSize | None
+    image: Image.Image,
+    stored: Stored,
+    max_pixels: int,
+    working: Callable[[int, int], tuple[int, int]] | None,
 ) -> UInt8[np.ndarray, "height width 3"]:
     width, height = image.size
     if width * height > max_pixels:
         reason = f"{width} x {height} pixels, above the limit of {max_pixels}; raise max_pixels"
-        raise MediaError(path, reason)
+        raise MediaError(str(stored), reason)
     box = (0.0, 0.0, float(width), float(height))
     if working is not None and image.format in ("JPEG", "MPO"):
         # Lets libjpeg leave out frequencies that the scaling below would drop anyway. The size is
@@ -69,17 +80,39 @@ def _pixels(
         drafted = image.draft(image.mode, (wide, high))
         if drafted is not None:
             box = drafted[1]
-    image.load()
+    pixels = _fast_jpeg(image, stored) if image.size == (width, height) else None
+    result = image
+    if pixels is None:
+        image.load()
+        result = _three_channels(image)
     # PNG may hold its orientation behind the pixels, so it is asked for after loading.
     orientation = _orientation(image)
-    result = _three_channels(image)
+    high, wide = height, width
     if working is not None:
         high, wide = _stored_size(width, height, orientation, working)
-        if (wide, high) != result.size:
-            result = result.resize((wide, high), Image.Resampling.BICUBIC, box)
+    if pixels is not None:
+        if (high, wide) == (height, width) and orientation == 1:
+            return pixels
+        result = Image.fromarray(pixels)
+    if (wide, high) != result.size:
+        result = result.resize((wide, high), Image.Resampling.BICUBIC, box)
     if orientation in _UPRIGHT:
         result = result.transpose(_UPRIGHT[orientation])
     return np.array(result)
+
+
+def _fast_jpeg(image: Image.Image, stored: Stored) -> UInt8[np.ndarray, "height width 3"] | None:
+    """The same pixels as Pillow's in half the time; `None` where Pillow has to do it.
+
+    What simplejpeg refuses is left to Pillow, so that which files can be used does not depend on
+    what is installed.
+    """
+    if simplejpeg is None or image.format != "JPEG" or image.mode not in ("L", "RGB"):
+        return None
+    try:
+        return simplejpeg.decode_jpeg(read_bytes(stored), "RGB")
+    except ValueError:
+        return None
 
 
 def _orientation(image: Image.Image) -> int:
@@ -89,7 +122,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _stored_size(
-    width: int, height: int, orientation: int, working: WorkingSize
+    width: int, height: int, orientation: int, working: Callable[[int, int], tuple[int, int]]
 ) -> tuple[int, int]:
     """Height and width to scale to before the picture is turned upright."""
     if orientation < 5:

@@ -4,8 +4,10 @@ A source knows files or arrays; it knows nothing of blocks, crops or batches.
 """
 
 import abc
+import bisect
 import dataclasses
 import hashlib
+import itertools
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from elastictok.data._clip import Probe, probe_clip, read_clip, read_stretch, sh
 from elastictok.data._crop import WorkingSize, resize
 from elastictok.data._errors import MediaError
 from elastictok.data._picture import read_picture
+from elastictok.data._stored import Stored
 from elastictok.data._types import Clip
 
 _PROBE_BYTES = 1024  # more than one takes
@@ -106,7 +109,7 @@ class _Frames(AbstractItem):
 class _LongClip(AbstractItem):
     """A clip that is decoded stretch by stretch."""
 
-    path: Path
+    stored: Stored
     probe: Probe
     rate: float
     working: WorkingSize
@@ -121,7 +124,7 @@ class _LongClip(AbstractItem):
 
     def read(self, start: int, count: int) -> UInt8[np.ndarray, "frames height width 3"]:
         return read_stretch(
-            self.path, self.probe, rate=self.rate, start=start, count=count, working=self.working
+            self.stored, self.probe, rate=self.rate, start=start, count=count, working=self.working
         )
 
 
@@ -172,19 +175,38 @@ class MemorySource(AbstractSource):
         return self._small[index, working]
 
 
-class PictureFiles(AbstractSource):
-    """Picture files, decoded when asked for and kept at working size.
+class AbstractLibrary(abc.ABC):
+    """Random access to encoded pictures, or to encoded clips. Instances are sent to workers."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def name(self, index: int) -> str:
+        """What to call a file in messages."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when files are added, removed or put in another order."""
+
+    @abc.abstractmethod
+    def stored(self, index: int) -> Stored:
+        """The file, or its bytes.
+
+        **Raises:** `MediaError` if it cannot be read.
+        """
+
+
+class Files(AbstractLibrary):
+    """Files on a disk.
 
     **Arguments:**
 
-    - `paths`: the files.
-    - `cache`: where decoded pictures are kept.
+    - `paths`: all pictures, or all clips.
     """
 
-    def __init__(self, paths: Sequence[Path], cache: Cache):
+    def __init__(self, paths: Sequence[Path]):
         self._paths = tuple(paths)
-        self._cache = cache
-        self._broken: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -193,16 +215,81 @@ class PictureFiles(AbstractSource):
         return str(self._paths[index])
 
     def fingerprint(self) -> str:
-        return _names(self._paths)
+        # Of the names without their folders, so that a run can be resumed after a move.
+        digest = hashlib.sha256()
+        for path in self._paths:
+            digest.update(path.name.encode("utf-8", "surrogateescape") + b"\0")
+        return digest.hexdigest()
+
+    def stored(self, index: int) -> Stored:
+        return self._paths[index]
+
+
+class Chain(AbstractLibrary):
+    """Several libraries as one, one after the other.
+
+    **Arguments:**
+
+    - `libraries`: all of pictures, or all of clips.
+    """
+
+    def __init__(self, libraries: Sequence[AbstractLibrary]):
+        self._libraries = tuple(library for library in libraries if len(library))
+        self._ends = list(itertools.accumulate(map(len, self._libraries)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def name(self, index: int) -> str:
+        library, place = self._find(index)
+        return library.name(place)
+
+    def fingerprint(self) -> str:
+        parts = [library.fingerprint() for library in self._libraries]
+        return (
+            parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        )
+
+    def stored(self, index: int) -> Stored:
+        library, place = self._find(index)
+        return library.stored(place)
+
+    def _find(self, index: int) -> tuple[AbstractLibrary, int]:
+        which = bisect.bisect_right(self._ends, index)
+        return self._libraries[which], index - (self._ends[which - 1] if which else 0)
+
+
+class PictureSource(AbstractSource):
+    """Encoded pictures, decoded when asked for and kept at working size.
+
+    **Arguments:**
+
+    - `library`: where the encoded pictures are.
+    - `cache`: where decoded ones are kept.
+    """
+
+    def __init__(self, library: AbstractLibrary, cache: Cache):
+        self._library = library
+        self._cache = cache
+        self._broken: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._library)
+
+    def name(self, index: int) -> str:
+        return self._library.name(index)
+
+    def fingerprint(self) -> str:
+        return self._library.fingerprint()
 
     def item(self, index: int, request: Request) -> AbstractItem:
         if index in self._broken:
-            raise MediaError(self._paths[index], self._broken[index])
-        key = (self._paths[index], request)
+            raise MediaError(self.name(index), self._broken[index])
+        key = (id(self), index, request)
         pixels = self._cache.get(key)
         if pixels is None:
             try:
-                pixels = read_picture(self._paths[index], working=request.working)
+                pixels = read_picture(self._library.stored(index), working=request.working)
             except MediaError as error:
                 self._broken[index] = error.reason
                 raise
@@ -210,63 +297,56 @@ class PictureFiles(AbstractSource):
         return _Frames(pixels[None], np.zeros(1, np.int64))
 
 
-class ClipFiles(AbstractSource):
-    """Clip files. Short ones, and all if they fit into the cache together, are decoded whole and
+class ClipSource(AbstractSource):
+    """Encoded clips. Short ones, and all if they fit into the cache together, are decoded whole and
     kept at working size; of others, only the stretch that is asked for is decoded.
 
     Which of the two depends on the file and the settings alone, never on what is in the cache.
 
     **Arguments:**
 
-    - `paths`: the files.
-    - `cache`: where decoded clips are kept.
+    - `library`: where the encoded clips are.
+    - `cache`: where decoded ones are kept.
     """
 
-    def __init__(self, paths: Sequence[Path], cache: Cache):
-        self._paths = tuple(paths)
+    def __init__(self, library: AbstractLibrary, cache: Cache):
+        self._library = library
         self._cache = cache
         self._broken: dict[int, str] = {}
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._library)
 
     def name(self, index: int) -> str:
-        return str(self._paths[index])
+        return self._library.name(index)
 
     def fingerprint(self) -> str:
-        return _names(self._paths)
+        return self._library.fingerprint()
 
     def item(self, index: int, request: Request) -> AbstractItem:
         if index in self._broken:
-            raise MediaError(self._paths[index], self._broken[index])
+            raise MediaError(self.name(index), self._broken[index])
         try:
-            return self._item(self._paths[index], request)
+            return self._item(index, request)
         except MediaError as error:
             self._broken[index] = error.reason
             raise
 
-    def _item(self, path: Path, request: Request) -> AbstractItem:
-        key = (path, request)
-        item = self._cache.get(key)
-        if item is not None:
-            return item
-        probe = probe_clip(path)
+    def _item(self, index: int, request: Request) -> AbstractItem:
+        key = (id(self), index, request)
+        known = self._cache.get(key)
+        if isinstance(known, _Frames):
+            return known
+        stored = self._library.stored(index)
+        probe = known if isinstance(known, Probe) else probe_clip(stored)
         rate = float(request.fps or probe.rate)
         height, width = request.working(probe.height, probe.width)
         size = probe.frames(rate) * height * width * 3
         if probe.frames(rate) > 4 * request.frames and size * len(self) > self._cache.limit:
-            item = _LongClip(path, probe, rate, request.working)
-            self._cache.put(key, item, _PROBE_BYTES)
-            return item
-        clip = read_clip(path, fps=rate, working=request.working)
+            # The probe only: the bytes of a record would soon fill the memory.
+            self._cache.put(key, probe, _PROBE_BYTES)
+            return _LongClip(stored, probe, rate, request.working)
+        clip = read_clip(stored, fps=rate, working=request.working)
         item = _Frames(clip.frames, np.arange(len(clip.frames)), clip.missing)
         self._cache.put(key, item, clip.frames.nbytes)
         return item
-
-
-def _names(paths: Sequence[Path]) -> str:
-    """Of the names without their folders, so that a run can be resumed after a move."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()

@@ -62,11 +62,13 @@ class Batch:
     - `segments`: `int32[batch blocks]`, the document that a block belongs to: 1, 2, ... within
         its sequence, 0 where `valid` is false.
     - `valid`: `bool[batch blocks]`, false for blocks that no document filled.
+    - `names`: for each sequence the names of its documents, that of segment 1 first; for messages.
     """
 
     pixels: UInt8[np.ndarray, "batch blocks frames height width 3"]
     segments: Int32[np.ndarray, "batch blocks"]
     valid: Bool[np.ndarray, "batch blocks"]
+    names: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,21 +82,33 @@ class Geometry:
     - `blocks`: blocks in a sequence; no document is longer.
     - `fps`: the rate that clips are resampled to, in frames per second; `None` keeps the average
         rate of each clip.
+    - `buckets`: further sizes (height, width). A document then gets the size whose aspect is
+        nearest to that of its frames, and all sequences of a batch have one size. See
+        [`aspect_buckets`][].
     """
 
     size: tuple[int, int]
     frames_per_block: int
     blocks: int = 1
     fps: float | int | None = 8.0
+    buckets: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise ValueError(f"size is {self.size}; it must be (height, width), both at least 1")
+        for size in self.sizes:
+            if len(size) != 2 or min(size) < 1:
+                raise ValueError(f"size is {size}; it must be (height, width), both at least 1")
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(f"the sizes are {self.sizes}; each may be given once")
         if self.frames_per_block < 1:
             raise ValueError(f"frames_per_block is {self.frames_per_block}; it must be at least 1")
         if self.blocks < 1:
             raise ValueError(f"blocks is {self.blocks}; it must be at least 1")
         check_fps(self.fps)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """All sizes of frames, `size` first."""
+        return (self.size, *self.buckets)
 
     @property
     def frames(self) -> int:

@@ -1,9 +1,11 @@
 """Writing clips and pictures: whole or not at all."""
 
 import contextlib
+import io
 import os
 import secrets
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -82,8 +84,9 @@ def write_clip(
     encoder = next(name for name in encoders if name in av.codecs_available)
     if encoder != "libvpx-vp9":
         frames = _even(frames)
-    with _replacing(path) as temporary:
-        _encode(temporary, frames, fps, container, encoder, encoders[encoder])
+    with replacing(path) as temporary:
+        settings = encoders[encoder]
+        _encode(temporary, frames, frames.shape[1:3], fps, container, encoder, settings)
 
 
 def write_picture(path: str | os.PathLike[str], frame: UInt8[np.ndarray, "height width 3"]) -> None:
@@ -105,7 +108,7 @@ def write_picture(path: str | os.PathLike[str], frame: UInt8[np.ndarray, "height
         known = " ".join(_PICTURE_FORMATS)
         raise MediaError(path, f"no picture can be written under this suffix; use one of {known}")
     kind, options = _PICTURE_FORMATS[path.suffix.lower()]
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         Image.fromarray(np.ascontiguousarray(frame)).save(temporary, format=kind, **options)
 
 
@@ -125,7 +128,8 @@ def _even(
 
 def _encode(
     path: Path,
-    frames: UInt8[np.ndarray, "frames height width 3"],
+    frames: Iterable[UInt8[np.ndarray, "height width 3"]],
+    size: tuple[int, int],
     fps: float | int,
     container: str,
     encoder: str,
@@ -141,7 +145,7 @@ def _encode(
         if not isinstance(stream, VideoStream):
             raise TypeError(f"{encoder} is no encoder of video")
         context = stream.codec_context
-        context.height, context.width = frames.shape[1:3]
+        context.height, context.width = size
         context.pix_fmt = "yuv420p"
         matrix = Colorspace.ITU601
         if encoder in _SAYS_MATRIX:
@@ -163,8 +167,38 @@ def _encode(
         output.mux(stream.encode())
 
 
+def encode_mp4(
+    frames: Iterable[UInt8[np.ndarray, "height width 3"]],
+    size: tuple[int, int],
+    fps: float | int,
+) -> bytes:
+    """The bytes of the file that [`write_clip`][] writes, of frames that come one by one.
+
+    **Arguments:**
+
+    - `frames`: all of the size.
+    - `size`: height and width, both even.
+    - `fps`: frames per second.
+    """
+    container, encoders = _CLIP_FORMATS[".mp4"]
+    encoder = next(name for name in encoders if name in av.codecs_available)
+    # On the disk, because the index is moved to the front by reading the file again.
+    with tempfile.TemporaryDirectory(prefix="elastictok-") as folder:
+        path = Path(folder) / "clip.mp4"
+        _encode(path, frames, size, fps, container, encoder, encoders[encoder])
+        return path.read_bytes()
+
+
+def encode_jpeg(frame: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    """The bytes of the file that [`write_picture`][] writes under the suffix `.jpg`."""
+    kind, options = _PICTURE_FORMATS[".jpg"]
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(frame)).save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, hidden from `find_media`, that becomes `path` at the end."""
     if not path.parent.is_dir():
         raise MediaError(path, "its folder does not exist; create it first")
