@@ -149,13 +149,22 @@ def clip_frames(
     fps: float | int | None,
     working: Callable[[int, int], tuple[int, int]],
     max_pixels: int = MAX_PIXELS,
-) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-    """The frames of a clip one by one; see [`read_clip`][], which holds them all.
+) -> Iterator[tuple[UInt8[np.ndarray, "height width 3"], float]]:
+    """The frames of a clip one by one, and the seconds since the first.
+
+    See [`read_clip`][], which holds them all.
 
     **Raises:** `MediaError`; also where time stamps would have more than 2^20 frames filled in.
     """
     with _opened(stored, max_pixels) as reel:
         convert = None
+        if fps is None:
+            start = None
+            for timed in reel.frames():
+                convert = convert or _Converter(timed.frame, working)
+                start = timed.time if start is None else start
+                yield convert(timed.frame), timed.time - start
+            return
         for run in _runs(reel.frames(), fps):
             convert = convert or _Converter(run.frame, working)
             if run.stop > _MOST_FRAMES:
@@ -163,8 +172,8 @@ def clip_frames(
                     str(stored), f"it has more than {_MOST_FRAMES} frames; cut it or lower fps"
                 )
             frame = convert(run.frame)
-            for _ in range(run.first, run.stop):
-                yield frame
+            for k in range(run.first, run.stop):
+                yield frame, k / fps
 
 
 def read_clip(

@@ -41,16 +41,18 @@ class Encoding:
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after scaling."""
-        short = min(height, width)
-        if self.resolution is None or short <= self.resolution:
-            return height, width
-        scale = self.resolution / short
-        return max(1, round(height * scale)), max(1, round(width * scale))
+        return self._scaled(height, width, 1)
 
     def even_size(self, height: int, width: int) -> tuple[int, int]:
         """The same for H.264, which knows even sides only."""
-        high, wide = self.size(height, width)
-        return max(2, 2 * round(high / 2)), max(2, 2 * round(wide / 2))
+        return self._scaled(height, width, 2)
+
+    def _scaled(self, height: int, width: int, step: int) -> tuple[int, int]:
+        scale = min(
+            1.0, math.inf if self.resolution is None else self.resolution / min(height, width)
+        )
+        high, wide = (max(step, step * round(side * scale / step)) for side in (height, width))
+        return high, wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +144,10 @@ def _clip(listed: Listed, encoding: Encoding, stored: Blob | Path) -> Record:
     # A container's average may be off by a little without anything to resample.
     slower = encoding.fps is not None and measured.rate > 1.01 * encoding.fps
     if encoding.size(height, width) != (height, width) or slower:
-        # By time stamps in any case: the new clip has a constant rate.
-        fps = float(encoding.fps) if slower and encoding.fps else measured.rate
+        fps = float(encoding.fps) if slower and encoding.fps else None
         size = encoding.even_size(height, width)
         frames = clip_frames(stored, fps=fps, working=encoding.even_size)
-        data = encode_mp4(frames, size, fps)
+        data = encode_mp4(frames, size, fps or measured.rate, steady=fps is not None)
         measured = measure_clip(Blob(listed.key, data))
     elif isinstance(stored, Blob):
         data = stored.data

@@ -86,7 +86,9 @@ def write_clip(
         frames = _even(frames)
     with replacing(path) as temporary:
         settings = encoders[encoder]
-        _encode(temporary, frames, frames.shape[1:3], fps, container, encoder, settings)
+        timed = ((frame, index / fps) for index, frame in enumerate(frames))
+        size = frames.shape[1:3]
+        _encode(temporary, timed, size, fps, 1 / _rate(fps), container, encoder, settings)
 
 
 def write_picture(path: str | os.PathLike[str], frame: UInt8[np.ndarray, "height width 3"]) -> None:
@@ -128,32 +130,35 @@ def _even(
 
 def _encode(
     path: Path,
-    frames: Iterable[UInt8[np.ndarray, "height width 3"]],
+    frames: Iterable[tuple[UInt8[np.ndarray, "height width 3"], float]],
     size: tuple[int, int],
     fps: float | int,
+    tick: Fraction,
     container: str,
     encoder: str,
     settings: dict[str, str],
 ) -> None:
-    rate = Fraction(fps).limit_denominator(1001)
+    """`tick` is what time stamps are rounded to, in seconds."""
     # The index in front lets a browser start before it has the whole file.
     options = {"fflags": "+bitexact"}
     if container in ("mp4", "mov"):
         options["movflags"] = "+faststart"
     with av.open(str(path), "w", format=container, options=options) as output:
-        stream = output.add_stream(encoder, rate=rate, options=settings)
+        stream = output.add_stream(encoder, rate=_rate(fps), options=settings)
         if not isinstance(stream, VideoStream):
             raise TypeError(f"{encoder} is no encoder of video")
         context = stream.codec_context
         context.height, context.width = size
         context.pix_fmt = "yuv420p"
+        context.time_base = tick
         matrix = Colorspace.ITU601
         if encoder in _SAYS_MATRIX:
             # Where a file says nothing, players guess, and differently.
             matrix = Colorspace.ITU709
             context.colorspace = context.color_primaries = context.color_trc = _BT709
             context.color_range = ColorRange.MPEG
-        for index, frame in enumerate(frames):
+        last = -1
+        for frame, seconds in frames:
             picture = VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             coded = picture.reformat(
                 format="yuv420p",
@@ -162,30 +167,39 @@ def _encode(
                 interpolation=BILINEAR | EXACT,
                 threads=1,
             )
-            coded.pts, coded.time_base = index, 1 / rate
+            last = max(last + 1, round(seconds / float(tick)))
+            coded.pts, coded.time_base = last, tick
             output.mux(stream.encode(coded))
         output.mux(stream.encode())
 
 
+def _rate(fps: float | int) -> Fraction:
+    return Fraction(fps).limit_denominator(1001)
+
+
 def encode_mp4(
-    frames: Iterable[UInt8[np.ndarray, "height width 3"]],
+    frames: Iterable[tuple[UInt8[np.ndarray, "height width 3"], float]],
     size: tuple[int, int],
     fps: float | int,
+    *,
+    steady: bool,
 ) -> bytes:
-    """The bytes of the file that [`write_clip`][] writes, of frames that come one by one.
+    """An MP4 as [`write_clip`][] writes them, of frames that come one by one, at any times.
 
     **Arguments:**
 
-    - `frames`: all of the size.
+    - `frames`: all of the size, with the seconds since the first, which rise.
     - `size`: height and width, both even.
-    - `fps`: frames per second.
+    - `fps`: frames per second, on average.
+    - `steady`: whether all frames are as long; else times are kept to 1/90000 second.
     """
     container, encoders = _CLIP_FORMATS[".mp4"]
     encoder = next(name for name in encoders if name in av.codecs_available)
     # On the disk, because the index is moved to the front by reading the file again.
     with tempfile.TemporaryDirectory(prefix="elastictok-") as folder:
         path = Path(folder) / "clip.mp4"
-        _encode(path, frames, size, fps, container, encoder, encoders[encoder])
+        tick = 1 / _rate(fps) if steady else Fraction(1, 90_000)
+        _encode(path, frames, size, fps, tick, container, encoder, encoders[encoder])
         return path.read_bytes()
 
 
