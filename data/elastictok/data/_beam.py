@@ -5,15 +5,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from elastictok.data._build import (
-    Built,
-    Plan,
-    finish,
-    list_problems,
-    plan_for,
-    run_task,
-    state_of,
-)
+from elastictok.data._build import Built, finish, list_problems, state_of
+from elastictok.data._plan import Plan, plan_for
+from elastictok.data._task import run_task
 
 
 def build_with_beam(
@@ -76,7 +70,7 @@ def build_with_beam(
             _ = spread | "Make shards" >> beam.Map(_do, os.path.abspath(out))
     finally:
         with contextlib.suppress(FileNotFoundError):
-            list_problems(out, found.results())
+            list_problems(found.folder, found.results())
     finish(found)
     return state_of(out)
 
