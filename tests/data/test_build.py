@@ -531,3 +531,27 @@ def test_nothing_usable_is_still_a_result(tmp_path):
         contact_sheet(tmp_path / "out", tmp_path / "sheet.png")
     with pytest.raises(ValueError, match="neither pictures nor clips"):
         load_folders(tmp_path / "out", Geometry((4, 4), 1))
+
+
+FULL = """
+import resource, signal, sys
+from elastictok.data import build
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+build(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_a_disk_that_is_full_is_an_error_and_loses_nothing(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (100, 200, 3)).astype(np.uint8)
+    (tmp_path / "in").mkdir()
+    for index in range(4):
+        write_picture(tmp_path / "in" / f"{index}.png", noise)
+    command = [sys.executable, "-c", FULL, tmp_path / "in", tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "File too large" in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["build"]
+    build(tmp_path / "in", tmp_path / "out")
+    assert [record.key for record in records(tmp_path / "out")] == [f"in/{i}.png" for i in range(4)]

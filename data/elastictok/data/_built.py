@@ -45,7 +45,7 @@ INDEX = np.dtype(
 # Open shards keep about 46 bytes for each of their records.
 _MOST_OPEN_RECORDS = 2**21
 _MOST_OPEN_SHARDS = 512
-_READING = "readahead_buffer_size:0,max_parallelism:0"
+READING = "readahead_buffer_size:0,max_parallelism:0"
 
 
 def record_module() -> ModuleType:
@@ -218,7 +218,7 @@ class Records(AbstractLibrary):
         about = self._shards[shard]
         path = self._folder / about["file"]
         try:
-            reader = record_module().ArrayRecordReader(str(path), _READING)
+            reader = record_module().ArrayRecordReader(str(path), READING)
         except (RuntimeError, ValueError, OSError) as error:
             raise MediaError(path, "cannot be read; copy it again, or build again") from error
         # A file that lost its end opens without complaint and is empty.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from elastictok.data._built import INDEX, KINDS, index_row, record_module, shard_name
+from elastictok.data._built import INDEX, KINDS, READING, index_row, record_module, shard_name
 from elastictok.data._errors import MediaError
 from elastictok.data._plan import Plan
 from elastictok.data._prepare import Encoding, Listed, make_record
@@ -124,6 +124,7 @@ class _Shard:
             return None
         self._writer.close()
         self._writer = None
+        self._check_written()
         sync(self._temporary)
         os.replace(self._temporary, self._path)
         index = np.array(self._rows, INDEX)
@@ -140,10 +141,23 @@ class _Shard:
             "licences": dict(self._licences.most_common(100)),
         }
 
+    def _check_written(self) -> None:
+        """The writer says nothing of a full disk."""
+        reader = record_module().ArrayRecordReader(str(self._temporary), READING)
+        count = reader.num_records()
+        reader.close()
+        if count != len(self._rows):
+            raise OSError(
+                f"{self._path}: {len(self._rows)} records were written and {count} are there; is "
+                "the disk full? Make room and run the same command to go on"
+            )
+
     def discard(self) -> None:
         """Leaves nothing unfinished behind."""
         if self._writer is not None:
-            self._writer.close()
+            # It fails again if it has failed, on a full disk for one; that was said already.
+            with contextlib.suppress(RuntimeError):
+                self._writer.close()
             self._writer = None
         self._temporary.unlink(missing_ok=True)
 
