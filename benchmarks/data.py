@@ -7,8 +7,9 @@
 Without folders it cuts pictures and clips out of the photographs that scikit-image carries. Nothing
 is cached: every picture and frame is decoded when it is used. Each measurement is a process of its
 own, which measures bare decoding first and last and the pipeline in between, in several stretches
-of time each: read the ratios, and the best next to the median, for other programs on the machine
-only ever slow a stretch down. Linux only: memory is read from /proc.
+of time each. Other programs on the machine only ever slow a stretch down, so read the ratios, the
+best next to the median, and the processor time that a picture or frame takes. Linux only: memory
+and processor time are read from /proc.
 
 - Pictures: batches of 256 x 256 pixels out of a built data set, and out of the folder itself.
 - Clips: all frames of clips in order, beside what PyAV takes to decode the same files.
@@ -25,6 +26,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -45,12 +47,13 @@ CLIPS, CLIP_FRAMES = 8, 150  # that are made
 NAMES = {"pictures": 2000, "clips": 16}  # under which files are read, several for each if few
 SHARD_RECORDS = 10_000
 INDEXES = (1, 100, 1000)  # shards
-DOCUMENTS = 100_000
+DOCUMENTS = 40_000
 STARTS = 5
 BUILDS = 3
 STRETCHES = 5
 
-Rates = list[float]
+# Of each stretch of time: how many a second, and seconds of all processes for each.
+Rates = list[tuple[float, float]]
 
 
 def main() -> None:
@@ -91,9 +94,9 @@ def report(folder: Path, pictures: Path | None, clips: Path | None) -> Iterator[
     yield f"`python benchmarks/data.py --write`, {datetime.date.today()}, on {os.cpu_count()} CPU"
     yield f"cores, Linux. Python {platform.python_version()}, {versions}."
     yield ""
-    yield f"Runnable processes at the start: {load()}. The cores may serve other programs at the"
-    yield "same time, so that numbers of one run differ by tens of percents: the best of several"
-    yield "stretches is what the machine can do, the median what it did."
+    yield f"Runnable processes at the start: {load()}."
+    yield "The machine is noisy: its cores serve other programs too, and rates of one run differ by"
+    yield "tens of percents. The best of several stretches is nearer to what it can do."
     yield ""
     for kind, given in (("pictures", pictures), ("clips", clips)):
         origin = "real files" if given else "cut out of the photographs of scikit-image"
@@ -153,18 +156,16 @@ def gather(folder: Path, given: Path | None, write: Callable[[Path], None]) -> P
         files = [file for file in media.pictures if file.suffix.lower() in (".jpg", ".jpeg")]
     if not files:
         raise SystemExit(f"there are no {folder.name} in {given}; pictures must be JPEG")
+    names: list[Path] = []
     for number in range(NAMES[folder.name]):
-        file = files[number % len(files)]
-        link(file.resolve(), library / f"{number:06d}{file.suffix}")
+        again = number >= len(files)
+        file = names[number - len(files)] if again else files[number].resolve()
+        names.append(library / f"{number:06d}{file.suffix}")
+        if again:
+            names[-1].hardlink_to(file)
+        else:
+            shutil.copyfile(file, names[-1])
     return library
-
-
-def link(file: Path, name: Path) -> None:
-    """Another name for a file, on the same disk; a copy for one on another disk."""
-    try:
-        os.link(file, name)
-    except OSError:
-        shutil.copyfile(file, name)
 
 
 def write_pictures(folder: Path) -> None:
@@ -211,7 +212,7 @@ def write_clips(folder: Path) -> None:
 def describe(folder: Path, kind: str, origin: str) -> str:
     """What there is to read."""
     files = [file.stat() for file in folder.iterdir()]
-    different = len({(file.st_dev, file.st_ino) for file in files})
+    different = len({file.st_ino for file in files})
     size = sum(file.st_size for file in files) / len(files) / 1000
     return (
         f"{len(files)} names of {different} {kind}, {origin}, {SIZE} pixels short side, on average "
@@ -223,14 +224,47 @@ def describe(folder: Path, kind: str, origin: str) -> str:
 
 
 def stretches(step: Callable[[], int], *, seconds: float, count: int) -> Rates:
-    """How many a second come of repeated steps, in each of several stretches of time."""
+    """How many come of repeated steps, in each of several stretches of time."""
     rates = []
     for _ in range(count):
-        done, start = 0, time.perf_counter()
+        done, start, used = 0, time.perf_counter(), processor_time()
         while (took := time.perf_counter() - start) < seconds:
             done += step()
-        rates.append(done / took)
+        rates.append((done / took, (processor_time() - used) / done))
     return rates
+
+
+def processor_time() -> float:
+    """Seconds that this process and its children have computed."""
+    seconds = time.process_time()
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def best(rates: Rates) -> float:
+    return max(rate for rate, _ in rates)
+
+
+def median(rates: Rates) -> float:
+    return statistics.median(rate for rate, _ in rates)
+
+
+def cost(rates: Rates) -> float:
+    """Microseconds of processor time for one."""
+    return 1e6 * statistics.median(seconds for _, seconds in rates)
+
+
+def own_cells(rates: Rates) -> list[str]:
+    """Best and median rate, processor time, and how many cores it had."""
+    cores = statistics.median(rate * seconds for rate, seconds in rates)
+    return [f"{best(rates):.0f}", f"{median(rates):.0f}", f"{cost(rates):.0f}", f"{cores:.1f}"]
+
+
+def bare_cells(rates: Rates, own: Rates) -> list[str]:
+    """A bare decoder's median rate and processor time, and the pipeline's rate as a share."""
+    return [f"{median(rates):.0f}", f"{cost(rates):.0f}", f"{median(own) / median(rates):.2f}"]
 
 
 def pipeline(dataset: Any) -> Rates:
@@ -291,7 +325,8 @@ def task_pictures(
         decoders["simplejpeg"] = decode_by_simplejpeg(simplejpeg)
     rates = beside(dataset, sorted(Path(files).iterdir()), decoders)
     # Pictures, not the frames that they are repeated in.
-    rates["pipeline"] = [rate / frames_per_block for rate in rates["pipeline"]]
+    own = rates["pipeline"]
+    rates["pipeline"] = [(rate / frames_per_block, cpu * frames_per_block) for rate, cpu in own]
     return rates
 
 
@@ -355,12 +390,16 @@ def report_pictures(folder: Path, files: Path, without: Path) -> Iterator[str]:
     yield ""
     yield "## Pictures"
     yield ""
-    yield "Pictures a second, in batches of 32. *Of bare* is the median as a share of that of the"
-    yield "decoder that the pipeline uses, in one thread of the same process. Pictures in blocks of"
+    yield "Pictures a second, in batches of 32, and microseconds of processor time for each, of all"
+    yield "processes together. *Cores* is how many they had of the machine. Beside it the decoders"
+    yield "alone, in one thread, and the pipeline's median as a share of theirs. Pictures in blocks of"
     yield "four frames are decoded once and repeated."
     yield ""
-    yield "| from | workers | decoder | best | median | bare Pillow | bare simplejpeg | of bare |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield (
+        "| from | workers | JPEG by | best | median | us | cores | Pillow alone | us | share "
+        "| simplejpeg alone | us | share |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     rows = [
         ("data set", built, 0, 1, None),
         ("data set", built, 2, 1, None),
@@ -379,17 +418,11 @@ def report_pictures(folder: Path, files: Path, without: Path) -> Iterator[str]:
             frames_per_block=frames,
             without=hidden,
         )
-        own, decoder = rates["pipeline"], "simplejpeg" if "simplejpeg" in rates else "Pillow"
-        share = statistics.median(own) / statistics.median(rates[decoder])
-        bare = [median(rates.get(which)) for which in ("Pillow", "simplejpeg")]
-        yield (
-            f"| {name} | {workers} | {decoder} | {max(own):.0f} | {median(own)} | {bare[0]} "
-            f"| {bare[1]} | {share:.2f} |"
-        )
-
-
-def median(rates: Rates | None) -> str:
-    return "" if rates is None else f"{statistics.median(rates):.0f}"
+        own = rates.pop("pipeline")
+        cells = [name, str(workers), list(rates)[-1], *own_cells(own)]
+        for bare in ("Pillow", "simplejpeg"):
+            cells += bare_cells(rates[bare], own) if bare in rates else ["", "", ""]
+        yield f"| {' | '.join(cells)} |"
 
 
 def report_clips(files: Path) -> Iterator[str]:
@@ -397,25 +430,24 @@ def report_clips(files: Path) -> Iterator[str]:
     yield "## Clips"
     yield ""
     yield "Frames a second that arrive in valid blocks, eight blocks of four frames in a sequence,"
-    yield "every frame of every clip once. *Of bare*: medians, as shares of what PyAV takes in the"
-    yield "same process: decoding in one thread; decoding with its default threads; decoding in one"
-    yield "thread and `to_ndarray`."
+    yield "all frames of every clip in order; otherwise as above. Beside it what PyAV does with the"
+    yield "same files: decodes them in one thread; with its default threads; and in one thread with"
+    yield '`to_ndarray(format="rgb24")` of every frame.'
     yield ""
     yield (
-        "| workers | cache, MiB | best | median | bare, one thread | of it | bare, default threads "
-        "| of it | bare, to arrays | of it |"
+        "| workers | cache, MiB | best | median | us | cores | one thread | us | share "
+        "| default threads | us | share | to arrays | us | share |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     for workers in (0, 2):
         for cache in (0, 64):
             rates = in_process(
                 "clips", folder=str(files), workers=workers, cache_bytes=cache * 2**20
             )
             own = rates.pop("pipeline")
-            cells = [str(workers), str(cache), f"{max(own):.0f}", median(own)]
+            cells = [str(workers), str(cache), *own_cells(own)]
             for bare in rates.values():
-                share = statistics.median(own) / statistics.median(bare)
-                cells += [median(bare), f"{share:.2f}"]
+                cells += bare_cells(bare, own)
             yield f"| {' | '.join(cells)} |"
 
 
@@ -431,7 +463,7 @@ def report_memory(folder: Path) -> Iterator[str]:
     yield "## Memory"
     yield ""
     yield f"{DOCUMENTS} random pictures of 16 x 16 pixels out of shards of {SHARD_RECORDS} records,"
-    yield "one thread, 16 MiB of cache. MB that the process has: *own* is memory that is no file's"
+    yield "one thread, 1 MiB of cache. MB that the process has: *own* is memory that is no file's"
     yield "(pages of the mapped index are the system's to take back), before `load_folders`, after"
     yield "half of the pictures and at the end; *all* and *peak* count mapped files too."
     yield ""
@@ -499,7 +531,7 @@ def task_memory(folder: str) -> dict[str, float]:
 
     before = status("RssAnon")
     start = time.perf_counter()
-    dataset = load_folders(folder, Geometry((16, 16), 1), batch_size=32, cache_bytes=2**24)
+    dataset = load_folders(folder, Geometry((16, 16), 1), batch_size=32, cache_bytes=2**20)
     took = time.perf_counter() - start
     held = []
     with iter(dataset) as batches:

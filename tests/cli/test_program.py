@@ -22,6 +22,9 @@ from elastictok.models import load
     "command",
     [
         (),
+        ("data",),
+        ("data", "build"),
+        ("data", "show"),
         ("train",),
         ("import-official",),
         ("encode",),

@@ -158,7 +158,9 @@ class Ways:
     @classmethod
     def of(cls, folder):
         out = folder.with_name("built")
-        built = build(folder, out)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            built = build(folder, out)
         assert built.complete
         ways = cls(
             folder,
@@ -442,7 +444,7 @@ REFUSED = {
     "huge.bmp": (declared("BMP", 18, struct.pack("<ii", 30000, 30000)), LARGE),
     "huge.webp": (declared("WEBP", 21, struct.pack("<I", 2**28 - 1)), LARGE),
     "a huge gif.png": (declared("GIF", 6, b"\xff\xff\xff\xff"), LARGE),
-    "huge.gif": (declared("GIF", 6, b"\xff\xff\xff\xff"), LARGE),
+    "huge.gif": (declared("GIF", 6, b"\xff\xff\xff\xff"), "limit|no frame of it"),
 }
 
 UNKNOWN = {
@@ -477,16 +479,19 @@ def catalogue(tmp_path_factory, make):
         writer(folder / name, make)
     ways = Ways.of(folder)
     clips = []
-    for key, record in ways.records.items():
-        clip = read_media(ways.path(key), fps=record.fps)
-        clips.append(Clip(clip.frames, record.fps, Path(key)))
+    for key in {f"media/{name}" for name in USED} & set(ways.records):
+        rate = ways.records[key].fps
+        clips.append(Clip(read_media(ways.path(key), fps=rate).frames, rate, Path(key)))
     dataset = load_clips(clips, GEOMETRY, crop=CentreCrop(), batch_size=2)
     return Catalogue(ways, expected, train(dataset, str))
 
 
 def close(left, right):
     assert left.shape == right.shape
-    assert np.abs(left.astype(int) - right.astype(int)).mean((1, 2, 3)).max() < 5
+    distance = np.abs(left.astype(int) - right)
+    # A frame beside the right one would be off by eight everywhere.
+    assert np.median(distance, (1, 2, 3)).max() <= 4
+    assert distance.mean() < 8
 
 
 @pytest.mark.parametrize("name", USED)
@@ -590,9 +595,21 @@ def test_a_clip_that_is_cut_keeps_what_decodes(tmp_path, make):
     assert (row["frames"], row["missing"]) == (record.frames, record.missing)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A small file to damage."""
+
+    name: str
+    data: bytes = dataclasses.field(repr=False)
+
+    @property
+    def suffix(self):
+        return Path(self.name).suffix
+
+
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory, make):
-    """Small files to damage: suffix and bytes."""
+    """Thirteen of them, of every suffix but one."""
     folder = tmp_path_factory.mktemp("samples")
     picture = Image.fromarray(make.corners(40, 56))
     for name, options in {
@@ -608,7 +625,7 @@ def samples(tmp_path_factory, make):
         write_clip(folder / f"a{suffix}", make.numbered(6, 16, 24), 8)
     make.encode(folder / "b.mp4", make.numbered(6, 16, 24))
     several("GIF", 4)(folder / "a.gif", make)
-    return [(path.suffix, path.read_bytes()) for path in sorted(folder.iterdir())]
+    return [Sample(path.name, path.read_bytes()) for path in sorted(folder.iterdir())]
 
 
 @contextlib.contextmanager
@@ -632,14 +649,15 @@ def check_damaged(files, tmp_path_factory):
         Ways.of(folder).check()
 
 
+PICKS = st.integers(0, 12)
+
+
 @settings(max_examples=20)
-@given(cuts=st.lists(st.tuples(st.integers(0, 12), PLACE), min_size=8, max_size=16))
+@given(cuts=st.lists(st.tuples(PICKS, PLACE), min_size=8, max_size=16))
 def test_files_cut_at_any_byte(cuts, samples, tmp_path_factory):
-    files = [samples[pick] for pick, _ in cuts]
-    cut = [
-        data[: int(place * len(data))] for (_, data), (_, place) in zip(files, cuts, strict=True)
-    ]
-    check_damaged([(s, d) for (s, _), d in zip(files, cut, strict=True)], tmp_path_factory)
+    picked = [(samples[pick], place) for pick, place in cuts]
+    files = [(one.suffix, one.data[: int(place * len(one.data))]) for one, place in picked]
+    check_damaged(files, tmp_path_factory)
 
 
 DAMAGE = st.lists(
@@ -658,18 +676,19 @@ def damaged(data, spots):
 
 
 @settings(max_examples=20)
-@given(changes=st.lists(st.tuples(st.integers(0, 12), DAMAGE), min_size=8, max_size=16))
+@given(changes=st.lists(st.tuples(PICKS, DAMAGE), min_size=8, max_size=16))
 def test_files_with_noise_anywhere(changes, samples, tmp_path_factory):
-    picked = [(*samples[pick], spots) for pick, spots in changes]
-    check_damaged([(s, damaged(data, spots)) for s, data, spots in picked], tmp_path_factory)
+    picked = [(samples[pick], spots) for pick, spots in changes]
+    files = [(one.suffix, damaged(one.data, spots)) for one, spots in picked]
+    check_damaged(files, tmp_path_factory)
 
 
 def test_the_suffix_helps_no_file_that_its_content_does_not(samples, tmp_path_factory):
     """ffmpeg would guess the container from the name, which a record does not have."""
     starts = (b"x", b"xx", bytes(8), bytes(3000))
-    spoilt = [(suffix, start + data) for suffix, data in samples for start in starts]
-    spoilt += [(suffix, b"xx" + data[2:]) for suffix, data in samples]
-    check_damaged(spoilt, tmp_path_factory)
+    files = [(one.suffix, start + one.data) for one in samples for start in starts]
+    files += [(one.suffix, b"xx" + one.data[2:]) for one in samples]
+    check_damaged(files, tmp_path_factory)
 
 
 NAMES = [

@@ -24,6 +24,7 @@ from elastictok.data import (
     PackedDataset,
     RandomCrop,
     WholeClip,
+    _order,
     aspect_buckets,
     build,
     load_clips,
@@ -243,29 +244,31 @@ def test_hosts_and_workers_divide_every_epoch(items, hosts, workers, seed):
         assert sorted(used) == list(range(items))
 
 
-@pytest.mark.parametrize("items", [65_536, 65_537, 131_071])
-def test_the_order_of_many_items_is_a_permutation_too(items):
+@pytest.mark.parametrize("items", [999, 1000, 1025, 4096])
+def test_the_order_of_many_items_is_a_permutation_too(items, monkeypatch):
+    monkeypatch.setattr(_order, "_LISTED", 999)
     order = EpochOrder(items, (0, 1), 3)
     epochs = [[order(p) for p in range(e * items, (e + 1) * items)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(items))
     assert epochs[0] != epochs[1]
     moved = np.abs(np.array(epochs[0]) - np.arange(items))
-    assert moved.mean() == pytest.approx(items / 3, rel=0.1)
-    assert epochs[1] != [EpochOrder(items, (0, 1), 4)(p) for p in range(items)]
-    # Asking for a place does not need the ones before, and no order is kept.
+    assert moved.mean() == pytest.approx(items / 3, rel=0.15)
+    # Asking for a place does not need the ones before.
     assert EpochOrder(items, (0, 1), 3)(items + 5) == epochs[1][5]
-    assert EpochOrder(items, (0, 1), 4)(0) != epochs[0][0]
+    # Nor are the epochs of one seed those of the next, one later.
+    other = EpochOrder(items, (0, 1), 4)
+    assert epochs[1] != [other(p) for p in range(items)]
 
 
-@given(count=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1))
+@given(count=st.integers(1, 300), seed=st.integers(0, 2**32 - 1))
 def test_computed_orders_are_permutations_of_any_length(count, seed):
     permutation = _Permutation(count, [seed, 0])
     assert sorted(map(permutation, range(count))) == list(range(count))
 
 
 def test_computed_orders_look_random():
-    """Every item comes to every place about as often: chi-squared of 20 x 20 cells."""
-    count, draws = 20, 4000
+    """Every item comes to every place about as often: chi-squared of 9 x 9 cells."""
+    count, draws = 9, 2000
     seen = np.zeros((count, count))
     for seed in range(draws):
         permutation = _Permutation(count, [seed, 1])
@@ -273,8 +276,8 @@ def test_computed_orders_look_random():
             seen[place, permutation(place)] += 1
     expected = draws / count
     chi = ((seen - expected) ** 2 / expected).sum()
-    # 361 degrees of freedom: mean 361, standard deviation 27.
-    assert chi < 361 + 5 * 27
+    # 64 degrees of freedom: mean 64, standard deviation 11.
+    assert chi < 64 + 5 * 11
 
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=4)

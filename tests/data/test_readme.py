@@ -1,23 +1,31 @@
-"""The snippets of the package's README run."""
+"""The snippets of the package's README and of the guide run."""
 
 import re
 from pathlib import Path
 
+import pytest
+
 from elastictok.data import write_clip, write_picture
 
-README = Path(__file__).parents[2] / "data" / "README.md"
+ROOT = Path(__file__).parents[2]
 
 
-def test_snippets(tmp_path, make, monkeypatch, capsys):
+@pytest.mark.parametrize("document", ["data/README.md", "docs/data.md"])
+def test_snippets(document, tmp_path, make, monkeypatch, capsys):
     (tmp_path / "photos").mkdir()
     write_picture(tmp_path / "photos" / "a.png", make.corners(80, 100))
     write_clip(tmp_path / "photos" / "clip.mp4", make.numbered(20), 8)
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
-    assert len(snippets) == 2
+    text = (ROOT / document).read_text("utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) >= 3
+    namespace = {"__name__": "__main__"}
     for snippet in snippets:
         # Compiled, not evaluated from data: this is our own file, and its promises are the test.
-        exec(compile(snippet, str(README), "exec"), {"__name__": "__main__"})
+        exec(compile(snippet, document, "exec"), namespace)
     assert "used 2 files" in capsys.readouterr().out
-    assert (tmp_path / "first.png").exists()
-    assert (tmp_path / "copy.mp4").exists()
+    with iter(namespace["dataset"]) as batches:
+        assert next(batches).valid.any()
+    if document == "data/README.md":
+        assert (tmp_path / "first.png").exists()
+        assert (tmp_path / "copy.mp4").exists()
