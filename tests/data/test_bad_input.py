@@ -776,12 +776,12 @@ def test_a_link_to_itself_is_as_good_as_a_broken_one(tmp_path):
 
 
 def test_a_file_that_may_not_be_read(tmp_path):
-    if os.geteuid() == 0:
-        pytest.skip("root may read everything")
     folder = anchored(tmp_path / "media")
     for name in ("good.png", "good.gif"):
         shutil.copy(folder / name, folder / f"closed {name}")
         (folder / f"closed {name}").chmod(0)
+    if os.access(folder / "closed good.png", os.R_OK):
+        pytest.skip("root may read everything")
     ways = Ways.of(folder)
     ways.check()
     assert set(ways.rejected) == {"media/closed good.png", "media/closed good.gif"}
