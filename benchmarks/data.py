@@ -94,9 +94,9 @@ def report(folder: Path, pictures: Path | None, clips: Path | None) -> Iterator[
     yield f"`python benchmarks/data.py --write`, {datetime.date.today()}, on {os.cpu_count()} CPU"
     yield f"cores, Linux. Python {platform.python_version()}, {versions}."
     yield ""
-    yield f"Runnable processes at the start: {load()}."
-    yield "The machine is noisy: its cores serve other programs too, and rates of one run differ by"
-    yield "tens of percents. The best of several stretches is nearer to what it can do."
+    yield f"Runnable processes at the start: {load()}. The machine is noisy: where its cores serve"
+    yield "other programs too, rates of one run differ by tens of percents. The best of several"
+    yield "stretches is nearer to what it can do, and processor times hardly change."
     yield ""
     for kind, given in (("pictures", pictures), ("clips", clips)):
         origin = "real files" if given else "cut out of the photographs of scikit-image"
@@ -186,7 +186,7 @@ def write_pictures(folder: Path) -> None:
         box = (left, top, left + part * wide, top + part * high)
         size = (round(SIZE * wide / min(wide, high)), round(SIZE * high / min(wide, high)))
         picture = photo.resize(size, Image.Resampling.LANCZOS, box)
-        picture.save(folder / f"{number:04d}.jpg", quality=92)
+        picture.save(folder / f"{number:04d}.jpg", quality=95)
 
 
 def write_clips(folder: Path) -> None:
@@ -263,8 +263,10 @@ def own_cells(rates: Rates) -> list[str]:
 
 
 def bare_cells(rates: Rates, own: Rates) -> list[str]:
-    """A bare decoder's median rate and processor time, and the pipeline's rate as a share."""
-    return [f"{median(rates):.0f}", f"{cost(rates):.0f}", f"{median(own) / median(rates):.2f}"]
+    """A bare decoder's median rate, the pipeline's as a share, and the share of its time that the
+    decoder alone would take."""
+    shares = median(own) / median(rates), cost(rates) / cost(own)
+    return [f"{median(rates):.0f}", *(f"{share:.2f}" for share in shares)]
 
 
 def pipeline(dataset: Any) -> Rates:
@@ -392,12 +394,13 @@ def report_pictures(folder: Path, files: Path, without: Path) -> Iterator[str]:
     yield ""
     yield "Pictures a second, in batches of 32, and microseconds of processor time for each, of all"
     yield "processes together. *Cores* is how many they had of the machine. Beside it the decoders"
-    yield "alone, in one thread, and the pipeline's median as a share of theirs. Pictures in blocks of"
-    yield "four frames are decoded once and repeated."
+    yield "alone, in one thread: their median rate, the pipeline's as a share of it, and their"
+    yield "processor time as a share of the pipeline's: what the first share would be on one free"
+    yield "core. Pictures in blocks of four frames are decoded once and repeated."
     yield ""
     yield (
-        "| from | workers | JPEG by | best | median | us | cores | Pillow alone | us | share "
-        "| simplejpeg alone | us | share |"
+        "| from | workers | JPEG by | best | median | us | cores | Pillow alone | share | of time "
+        "| simplejpeg alone | share | of time |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     rows = [
@@ -435,8 +438,8 @@ def report_clips(files: Path) -> Iterator[str]:
     yield '`to_ndarray(format="rgb24")` of every frame.'
     yield ""
     yield (
-        "| workers | cache, MiB | best | median | us | cores | one thread | us | share "
-        "| default threads | us | share | to arrays | us | share |"
+        "| workers | cache, MiB | best | median | us | cores | one thread | share | of time "
+        "| default threads | share | of time | to arrays | share | of time |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     for workers in (0, 2):

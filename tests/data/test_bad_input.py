@@ -24,7 +24,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -57,6 +57,8 @@ from elastictok.data._stored import Blob
 # One frame in a block and room for all of a clip: a document is the whole file, whatever is drawn.
 GEOMETRY = Geometry((24, 32), 1, 40, fps=None)
 SUFFIXES = PICTURES + CLIPS
+# Where an example is a folder of files, a smaller one takes minutes to find and says no more.
+AS_FOUND = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +195,7 @@ class Ways:
 
     def check_used(self, key):
         record = self.records[key]
+        assert record.key == key
         clip = read_media(self.path(key))
         assert record.data == self.path(key).read_bytes()
         assert record.kind == ("picture" if clip.picture else "clip")
@@ -652,7 +655,7 @@ def check_damaged(files, tmp_path_factory):
 PICKS = st.integers(0, 12)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, phases=AS_FOUND)
 @given(cuts=st.lists(st.tuples(PICKS, PLACE), min_size=8, max_size=16))
 def test_files_cut_at_any_byte(cuts, samples, tmp_path_factory):
     picked = [(samples[pick], place) for pick, place in cuts]
@@ -675,7 +678,7 @@ def damaged(data, spots):
     return data
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, phases=AS_FOUND)
 @given(changes=st.lists(st.tuples(PICKS, DAMAGE), min_size=8, max_size=16))
 def test_files_with_noise_anywhere(changes, samples, tmp_path_factory):
     picked = [(samples[pick], spots) for pick, spots in changes]
@@ -710,7 +713,7 @@ if sys.platform == "darwin":
 PART = st.binary(min_size=1, max_size=20).filter(lambda name: not set(name) & set(b"/\0."))
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, phases=AS_FOUND)
 @given(
     parts=st.lists(PART, min_size=1, max_size=8, unique=True),
     folder=PART,

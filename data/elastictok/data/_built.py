@@ -7,11 +7,13 @@ each kind `KIND.index`, an array of fixed rows that is mapped into memory and no
 
 import bisect
 import collections
+import contextlib
 import hashlib
 import importlib
 import itertools
 import json
 import mmap
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -98,22 +100,43 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise MediaError(folder, reason)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(content["format"])
+        _expect(content["format"] == FORMAT)
         version = content["version"]
-        for kind in KINDS:
-            shards = content["kinds"][kind]["shards"]
-            if sum(int(shard["records"]) for shard in shards) != content["kinds"][kind]["records"]:
-                raise ValueError("records")
-            if any(Path(shard["file"]).name != shard["file"] for shard in shards):
-                raise ValueError("file")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _expect(type(version) is int)
+        if version == VERSION:
+            _check_description(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MediaError(path, "damaged, or not written by elastictok") from error
     if version != VERSION:
         raise MediaError(
             path, f"of version {version}, and this elastictok reads {VERSION}; build it again"
         )
     return content
+
+
+def _check_description(content: Any) -> None:
+    """Nothing of it is used unseen: neither counts nor the names of files."""
+    _expect(isinstance(content["settings"]["encoding"], dict))
+    _expect(all(_is_count(content[name]) for name in ("tasks", "rejected", "damaged")))
+    for kind in KINDS:
+        about = content["kinds"][kind]
+        _expect(isinstance(about["licences"], dict) and _is_count(about["bytes"]))
+        for shard in about["shards"]:
+            _expect(_is_count(shard["records"]) and _is_count(shard["file_bytes"]))
+            _expect(isinstance(shard["sha256"], str))
+            # A name in this folder, and no way out of it.
+            _expect(Path(shard["file"]).name == shard["file"] and "\0" not in shard["file"])
+        _expect(_is_count(about["records"]))
+        _expect(about["records"] == sum(shard["records"] for shard in about["shards"]))
+
+
+def _expect(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 class BuiltDataset:
@@ -218,12 +241,14 @@ class Records(AbstractLibrary):
         about = self._shards[shard]
         path = self._folder / about["file"]
         try:
-            reader = record_module().ArrayRecordReader(str(path), READING)
+            # As bytes: a path need not be UTF-8.
+            reader = record_module().ArrayRecordReader(os.fsencode(path), READING)
         except (RuntimeError, ValueError, OSError) as error:
             raise MediaError(path, "cannot be read; copy it again, or build again") from error
         # A file that lost its end opens without complaint and is empty.
         if reader.num_records() != about["records"]:
-            reader.close()
+            with contextlib.suppress(RuntimeError):  # says what is said here
+                reader.close()
             raise MediaError(path, f"does not hold its {about['records']} records; build again")
         self._readers[shard] = reader
         self._open_records += about["records"]

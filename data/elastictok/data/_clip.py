@@ -7,6 +7,7 @@ gives the same pixels every time.
 
 import contextlib
 import dataclasses
+import io
 import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -127,7 +128,10 @@ def measure_clip(stored: Stored, *, max_pixels: int = MAX_PIXELS) -> Measured:
         first = last = None
         count = 0
         for timed in reel.frames():
-            first = first or timed
+            if first is None:
+                first = timed
+                # Whether its pixels can be converted shows only now.
+                _Converter(timed.frame, None)(timed.frame)
             last = timed
             count += 1
         if first is None or last is None:
@@ -274,7 +278,7 @@ class _Run:
 def _opened(stored: Stored, max_pixels: int) -> Iterator["_Reel"]:
     """Opens a clip; what goes wrong with the file while it is open becomes a `MediaError`."""
     try:
-        with _container(stored) as container:
+        with readable(stored) as encoded, _container(stored, encoded) as container:
             stream = _video_stream(stored, container, max_pixels)
             yield _Reel(stored, container, stream, max_pixels)
     except MediaError:
@@ -283,9 +287,9 @@ def _opened(stored: Stored, max_pixels: int) -> Iterator["_Reel"]:
         raise MediaError(str(stored), _reason(error)) from error
 
 
-def _container(stored: Stored) -> InputContainer:
+def _container(stored: Stored, encoded: io.RawIOBase | io.BytesIO) -> InputContainer:
     try:
-        return av.open(readable(stored), "r", options=_OPTIONS, **_LENIENT)
+        return av.open(encoded, "r", options=_OPTIONS, **_LENIENT)
     except av.error.ArgumentError as error:
         reason = "not a clip in a container that is read (mp4, mov, mkv, webm, avi, gif)"
         raise MediaError(str(stored), reason) from error

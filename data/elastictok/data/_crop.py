@@ -30,9 +30,13 @@ class Window:
         cut = frames[:, self.top : self.top + self.height, self.left : self.left + self.width]
         if (self.height, self.width) != size:
             cut = np.stack([resize(frame, size) for frame in cut])
-        if self.flip:
-            cut = cut[:, :, ::-1]
-        return np.ascontiguousarray(cut)
+        if not self.flip:
+            return np.ascontiguousarray(cut)
+        # Channel by channel: NumPy copies reversed pixels of three bytes four times slower.
+        mirrored = np.empty(cut.shape, np.uint8)
+        for channel in range(3):
+            mirrored[..., channel] = cut[:, :, ::-1, channel]
+        return mirrored
 
 
 def resize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -100,10 +101,9 @@ def _entries(root: Path, below: str, entered: set[tuple[int, int]]) -> list[str]
             return []
         entered.add(identity)
         names = [
-            f"{below}{entry.name}/" if entry.is_dir() else f"{below}{entry.name}"
+            f"{below}{entry.name}{suffix}"
             for entry in os.scandir(folder)
-            if not entry.name.startswith(".")
-            and (entry.is_dir() or entry.is_file() or entry.is_symlink())
+            if not entry.name.startswith(".") and (suffix := _suffix(entry)) is not None
         ]
     except OSError as error:
         raise MediaError(
@@ -111,6 +111,18 @@ def _entries(root: Path, below: str, entered: set[tuple[int, int]]) -> list[str]
         ) from error
     # With the slash, the order within folders adds up to that of whole names.
     return sorted(names, reverse=True)
+
+
+def _suffix(entry: os.DirEntry[str]) -> str | None:
+    """A slash for a folder, nothing for a file; `None` for pipes, sockets and links to them. A
+    broken link is a file, which fails when it is read."""
+    try:
+        mode = entry.stat().st_mode
+    except OSError:
+        return "" if entry.is_symlink() else None
+    if stat.S_ISDIR(mode):
+        return "/"
+    return "" if stat.S_ISREG(mode) else None
 
 
 def _one(root: Path) -> list[Path]:

@@ -50,7 +50,7 @@ def read_picture(
     **Raises:** `MediaError`.
     """
     try:
-        with Image.open(readable(stored), formats=_FORMATS) as image:
+        with readable(stored) as encoded, Image.open(encoded, formats=_FORMATS) as image:
             return _pixels(image, stored, max_pixels, working)
     except MediaError:
         raise

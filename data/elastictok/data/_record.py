@@ -50,8 +50,8 @@ class Record:
     height: int
     width: int
     frames: int
-    fps: float | None
-    duration: float | None
+    fps: float | int | None
+    duration: float | int | None
     missing: int
     source: str
     licence: str
@@ -80,7 +80,7 @@ class Record:
             raise MediaError(name, "not a record of a data set built by elastictok")
         try:
             fields: Any = json.loads(stored[4 : 4 + size])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise MediaError(name, "the description in its record is damaged") from error
         wrong = [key for key, kind in _TYPES.items() if not _fits(fields, key, kind)]
         if wrong or fields["kind"] not in ("picture", "clip"):
@@ -100,4 +100,6 @@ def _fits(fields: Any, key: str, kind: type | tuple[type, ...]) -> bool:
     value = fields[key]
     if isinstance(value, bool) or not isinstance(value, kind):
         return False
-    return isinstance(value, str | None) or (math.isfinite(value) and value >= 0)
+    if isinstance(value, str | None):
+        return True
+    return 0 <= value < (2**63 if isinstance(value, int) else math.inf)

@@ -102,7 +102,10 @@ class _Frames(AbstractItem):
         return self.lost
 
     def read(self, start: int, count: int) -> UInt8[np.ndarray, "frames height width 3"]:
-        return self.stored[self.order[start : start + count]]
+        order = self.order[start : start + count]
+        if len(order) and order[-1] - order[0] == len(order) - 1 and (np.diff(order) == 1).all():
+            return self.stored[order[0] : order[-1] + 1]
+        return self.stored[order]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,10 +26,18 @@ Stored = Path | Blob
 """What can be decoded: a file, or the bytes of one."""
 
 
-def readable(stored: Stored) -> str | io.BytesIO:
+class _Nameless(io.FileIO):
+    """A file whose name says nothing of its content to ffmpeg, which would judge by the suffix and
+    take "a:b.mp4" for an address: a file is to be read in the same way as its bytes."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.name = "<none>"
+
+
+def readable(stored: Stored) -> _Nameless | io.BytesIO:
     """What Pillow and PyAV open."""
-    # Absolute, because ffmpeg would take "a:b.mp4" for an address.
-    return str(stored.absolute()) if isinstance(stored, Path) else io.BytesIO(stored.data)
+    return _Nameless(stored) if isinstance(stored, Path) else io.BytesIO(stored.data)
 
 
 def read_bytes(stored: Stored) -> bytes:

@@ -109,7 +109,7 @@ class _Shard:
             # Groups of one, so that a record is read without its neighbours; not compressed, for
             # the files are already.
             options = "group_size:1,uncompressed"
-            self._writer = record_module().ArrayRecordWriter(str(self._temporary), options)
+            self._writer = record_module().ArrayRecordWriter(os.fsencode(self._temporary), options)
         self._writer.write(stored)
         self._digest.update(len(stored).to_bytes(8, "little") + stored)
         self._keys.append(record.key.encode("utf-8", "surrogateescape"))
@@ -143,7 +143,7 @@ class _Shard:
 
     def _check_written(self) -> None:
         """The writer says nothing of a full disk."""
-        reader = record_module().ArrayRecordReader(str(self._temporary), READING)
+        reader = record_module().ArrayRecordReader(os.fsencode(self._temporary), READING)
         count = reader.num_records()
         reader.close()
         if count != len(self._rows):
