@@ -348,6 +348,7 @@ USED = {
     "plain.mkv": written(),
     "plain.avi": written(),
     "plain.webm": written(),
+    "long.mp4": written(30),
     "one.mp4": written(1),
     "one.webm": written(1),
     "one.gif": still("GIF"),
@@ -548,10 +549,11 @@ def test_a_built_data_set_gives_the_batches_of_its_folder(catalogue, tmp_path):
     folder, out = tmp_path / "media", tmp_path / "out"
     assert not build(folder, out, shard_bytes=20_000).rejected
     assert len(list(out.glob("*.arrayrecord"))) > 4
+    tight = {"cache_bytes": 10_000}  # so that the long clip is read in stretches
     for geometry, choices in [
         (Geometry((24, 32), 2, 3, fps=8), {"crop": RandomCrop(0.5, 1.0), "seed": 1}),
-        (Geometry((16, 16), 4, 2, fps=None), {"excerpt": WholeClip(), "image_share": 0.3}),
-        (Geometry((16, 16), 1, 5, fps=12.5, buckets=((12, 24),)), {"cache_bytes": 10_000}),
+        (Geometry((16, 16), 2, 2, fps=None), tight | {"excerpt": WholeClip(), "image_share": 0.3}),
+        (Geometry((16, 16), 1, 5, fps=12.5, buckets=((12, 24),)), tight),
     ]:
         with (
             iter(load_folders(folder, geometry, batch_size=3, **choices)) as direct,
@@ -792,6 +794,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
         assert all("Permission denied" in reason for reason in reasons.values())
 
 
+EMPTY = Record("k", "picture", 1, 1, 1, None, None, 0, "", "", b"")
 WHOLE = st.integers(0, 2**40)
 SECONDS = st.none() | st.floats(0, allow_nan=False, allow_infinity=False)
 RECORDS = st.builds(
@@ -869,6 +872,7 @@ NAMES_OF_FIELDS = [field.name for field in dataclasses.fields(Record) if field.n
 @settings(max_examples=100)
 @given(record=RECORDS, changes=st.dictionaries(st.sampled_from(NAMES_OF_FIELDS), JSON), other=JSON)
 @example(record=None, changes={"height": 10**400}, other=None)
+@example(record=None, changes={"kind": "sound"}, other=[])
 def test_descriptions_that_say_something_else(record, changes, other):
     fields = dict.fromkeys(NAMES_OF_FIELDS, 1) | {"kind": "clip", "key": "", "source": ""}
     fields |= {"licence": ""}
@@ -887,6 +891,7 @@ def test_descriptions_that_say_something_else(record, changes, other):
 @example(stored=with_header(b'{"key":' * 9_000))
 @example(stored=with_header(b"9" * 60_000))
 @example(stored=with_header(b"\xff\xfe{}"))
+@example(stored=with_header(EMPTY.to_bytes()[4:] + b" " * 2**16))
 @example(stored=struct.pack("<I", 2**32 - 1) + bytes(100))
 @example(stored=struct.pack("<I", 2**16 + 1) + bytes(2**16 + 1))
 def test_bytes_that_are_no_record_are_an_error(stored):
@@ -896,14 +901,9 @@ def test_bytes_that_are_no_record_are_an_error(stored):
 def test_texts_that_are_too_long_are_refused(tmp_path):
     folder = anchored(tmp_path / "media")
     with pytest.raises(MediaError, match="shorten"):
-        dataclasses.replace(
-            Record.from_bytes(EMPTY.to_bytes(), "here"), source="x" * 2**16
-        ).to_bytes()
+        dataclasses.replace(EMPTY, source="x" * 2**16).to_bytes()
     built = build(folder, tmp_path / "out", licence="x" * 2**16)
     assert (built.complete, built.rejected) == (True, 2)
-
-
-EMPTY = Record("k", "picture", 1, 1, 1, None, None, 0, "", "", b"")
 
 
 @pytest.fixture(scope="module")

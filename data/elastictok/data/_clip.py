@@ -1,10 +1,12 @@
 """Clips, through PyAV: frames by time stamps, what can be saved of damaged files, and stretches
 of long clips.
 
-Everything is decoded by one thread and converted with swscale's bit-exact code, so that a file
-gives the same pixels every time.
+Everything is decoded by one thread, and converted by another with swscale's bit-exact code, so that
+a file gives the same pixels every time.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import io
@@ -35,6 +37,8 @@ MAX_BYTES = 2**33
 """Most memory that the frames of one clip may take unless asked otherwise: 8 GiB."""
 
 _MOST_FRAMES = 2**20  # twelve hours at 24 frames per second
+
+_MOST_WAITING = 16  # decoded frames that wait for their conversion
 
 # Some containers round time stamps to milliseconds, so that a frame seems to come a little late.
 # Not a whole number of them, so that rounded sums never decide.
@@ -196,27 +200,25 @@ def read_clip(
     check_fps(fps)
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames is {max_frames}; it must be at least 1, or None for all")
-    with _opened(stored, max_pixels) as reel:
-        frames: list[np.ndarray] = []
-        convert = None
+    with _opened(stored, max_pixels) as reel, _Film(working) as film:
         to_the_end = True
         for run in _runs(reel.frames(), fps):
             if max_frames is not None and run.first >= max_frames:
                 to_the_end = False
                 break
-            convert = convert or _Converter(run.frame, working)
             stop = run.stop if max_frames is None else min(run.stop, max_frames)
-            if stop * convert.bytes > max_bytes:
+            if stop * film.frame_bytes(run.frame) > max_bytes:
                 reason = (
                     f"its frames take more than {max_bytes} bytes; "
                     "lower fps, set max_frames or raise max_bytes"
                 )
                 raise MediaError(str(stored), reason)
-            frames += [convert(run.frame)] * (stop - run.first)
-        if not frames:
+            film.add(run.frame, stop - run.first)
+        frames = film.develop()
+        if frames is None:
             raise MediaError(str(stored), "no frame of it can be decoded")
         missing = reel.failures + (max(0, reel.promised - reel.packets) if to_the_end else 0)
-        return Clip(_stack(frames), float(fps or reel.measured_rate), _path(stored), missing)
+        return Clip(frames, float(fps or reel.measured_rate), _path(stored), missing)
 
 
 def read_stretch(
@@ -272,6 +274,50 @@ class _Run:
     frame: VideoFrame
     first: int
     stop: int
+
+
+class ClipReader:
+    """Reads a clip from its beginning on, stretch by stretch, without ever going back.
+
+    **Arguments:**
+
+    - `stored`, `probe`: the clip and what [`probe_clip`][] said of it.
+    - `rate`: the frames per second that the clip is resampled to.
+    - `working`: as for [`read_clip`][].
+
+    **Raises:** `MediaError`, in `read` too.
+    """
+
+    def __init__(self, stored: Stored, probe: Probe, rate: float, working: WorkingSize):
+        self.position = 0
+        self._probe = probe
+        self._runs = self._open(stored, rate)
+        self._run: _Run | None = next(self._runs, None)
+        self._working = working
+
+    def _open(self, stored: Stored, rate: float) -> Iterator[_Run]:
+        with _opened(stored, MAX_PIXELS) as reel:
+            yield from _runs(reel.frames(), rate, self._probe.start)
+
+    def read(self, start: int, count: int) -> UInt8[np.ndarray, "frames height width 3"]:
+        """Frames `start` to `start + count`; fewer, perhaps none, where the clip ends before.
+
+        **Raises:** `ValueError` if `start` lies before what was read last.
+        """
+        if start < self.position:
+            raise ValueError(f"frame {start} has gone by; the next one is {self.position}")
+        self.position = start + count
+        taken = 0
+        with _Film(self._working) as film:
+            while self._run is not None and taken < count:
+                run = self._run
+                shown = min(run.stop, start + count) - max(run.first, start + taken)
+                if shown > 0:
+                    film.add(run.frame, shown)
+                    taken += shown
+                if run.stop <= start + count:
+                    self._run = next(self._runs, None)
+            return _or_none(film.develop(), self._probe)
 
 
 @contextlib.contextmanager
@@ -459,18 +505,69 @@ def _collect(
     runs: Iterator[_Run], start: int, count: int, probe: Probe, working: WorkingSize | None
 ) -> UInt8[np.ndarray, "frames height width 3"]:
     """Converts the runs that show output frames `start` to `start + count`."""
-    frames: list[np.ndarray] = []
-    convert = None
-    for run in runs:
-        shown = min(run.stop, start + count) - max(run.first, start)
-        if shown > 0:
-            convert = convert or _Converter(run.frame, working)
-            frames += [convert(run.frame)] * shown
-        if run.stop >= start + count:
-            break
-    if not frames:
-        return np.empty((0, probe.height, probe.width, 3), np.uint8)
-    return _stack(frames)
+    with _Film(working) as film:
+        for run in runs:
+            shown = min(run.stop, start + count) - max(run.first, start)
+            if shown > 0:
+                film.add(run.frame, shown)
+            if run.stop >= start + count:
+                break
+        return _or_none(film.develop(), probe)
+
+
+def _or_none(
+    frames: UInt8[np.ndarray, "frames height width 3"] | None, probe: Probe
+) -> UInt8[np.ndarray, "frames height width 3"]:
+    return np.empty((0, probe.height, probe.width, 3), np.uint8) if frames is None else frames
+
+
+class _Film:
+    """Frames that are converted in a thread while the next ones are decoded: for small frames the
+    one takes as long as the other.
+
+    **Arguments:**
+
+    - `working`: see [`read_clip`][].
+    """
+
+    def __init__(self, working: WorkingSize | None):
+        self._working = working
+        self._converter: _Converter | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "elastictok-convert")
+        self._waiting: collections.deque[tuple[concurrent.futures.Future[np.ndarray], int]]
+        self._waiting = collections.deque()
+        self._frames: list[np.ndarray] = []
+
+    def __enter__(self) -> "_Film":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def frame_bytes(self, frame: VideoFrame) -> int:
+        """What a frame will take."""
+        return self._convert(frame).bytes
+
+    def add(self, frame: VideoFrame, times: int) -> None:
+        """Shows a frame so many times."""
+        self._waiting.append((self._thread.submit(self._convert(frame), frame), times))
+        if len(self._waiting) > _MOST_WAITING:
+            self._take()
+
+    def develop(self) -> UInt8[np.ndarray, "frames height width 3"] | None:
+        """All frames; `None` if there are none."""
+        while self._waiting:
+            self._take()
+        return _stack(self._frames) if self._frames else None
+
+    def _convert(self, frame: VideoFrame) -> "_Converter":
+        if self._converter is None:
+            self._converter = _Converter(frame, self._working)
+        return self._converter
+
+    def _take(self) -> None:
+        converted, times = self._waiting.popleft()
+        self._frames += [converted.result()] * times
 
 
 def _stack(frames: list[np.ndarray]) -> UInt8[np.ndarray, "frames height width 3"]:

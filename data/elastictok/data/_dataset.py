@@ -164,6 +164,7 @@ class PackedDataset:
             fps=self.geometry.fps,
             frames=self.geometry.frames,
             working=WorkingSize(self.geometry.sizes, self.crop.smallest_scale),
+            in_order=self.excerpt.in_order,
         )
         # Every component draws numbers of its own, and so does every process. Orders are the same
         # for all processes, since each has its own items.

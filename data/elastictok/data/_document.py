@@ -16,6 +16,12 @@ class AbstractExcerpt(abc.ABC):
     """Which frames of a clip make a document. Subclasses are frozen dataclasses, whose text is
     their identity when a run is resumed."""
 
+    @property
+    @abc.abstractmethod
+    def in_order(self) -> bool:
+        """Whether parts of one use follow each other from the beginning of the clip on, so that it
+        is decoded once."""
+
     @abc.abstractmethod
     def parts(self, frames: int, geometry: Geometry) -> int:
         """How many documents one use of a clip gives, at least 1."""
@@ -45,6 +51,10 @@ class RandomStretch(AbstractExcerpt):
     """One document per use: a random stretch of as many whole blocks as the clip has, at most as
     many as a sequence has."""
 
+    @property
+    def in_order(self) -> bool:
+        return False
+
     def parts(self, frames: int, geometry: Geometry) -> int:
         return 1
 
@@ -65,6 +75,10 @@ class WholeClip(AbstractExcerpt):
     """All whole blocks of the clip, in order: a clip longer than a sequence goes on in a document
     of the next one, and so on. Where the first block begins is drawn, so that the frames left over
     are not always the same."""
+
+    @property
+    def in_order(self) -> bool:
+        return True
 
     def parts(self, frames: int, geometry: Geometry) -> int:
         return max(1, -(-(frames // geometry.frames_per_block) // geometry.blocks))

@@ -11,12 +11,13 @@ import itertools
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from elastictok.data._cache import Cache
-from elastictok.data._clip import Probe, probe_clip, read_clip, read_stretch, shown
+from elastictok.data._clip import ClipReader, Probe, probe_clip, read_clip, read_stretch, shown
 from elastictok.data._crop import WorkingSize, resize
 from elastictok.data._errors import MediaError
 from elastictok.data._picture import read_picture
@@ -35,11 +36,13 @@ class Request:
     - `fps`: the rate that clips are resampled to; `None` for the average rate of each.
     - `frames`: the most frames that are read of an item at once.
     - `working`: the size that frames may be scaled down to.
+    - `in_order`: whether stretches of an item are read one after the other, from its beginning on.
     """
 
     fps: float | int | None
     frames: int
     working: WorkingSize
+    in_order: bool = False
 
 
 class AbstractItem(abc.ABC):
@@ -129,6 +132,32 @@ class _LongClip(AbstractItem):
         return read_stretch(
             self.stored, self.probe, rate=self.rate, start=start, count=count, working=self.working
         )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ClipInOrder(AbstractItem):
+    """A long clip that is decoded once, from its beginning on.
+
+    Reading never begins at a key frame in the middle: of a damaged clip that would give other
+    frames, and so another run after a resumption.
+    """
+
+    source: "ClipSource"
+    index: int
+    probe: Probe
+    rate: float
+    working: WorkingSize
+
+    @property
+    def frames(self) -> int:
+        return self.probe.frames(self.rate)
+
+    @property
+    def missing(self) -> int:
+        return 0
+
+    def read(self, start: int, count: int) -> UInt8[np.ndarray, "frames height width 3"]:
+        return self.source.reader(self, start).read(start, count)
 
 
 class MemorySource(AbstractSource):
@@ -316,6 +345,11 @@ class ClipSource(AbstractSource):
         self._library = library
         self._cache = cache
         self._broken: dict[int, str] = {}
+        # The clip that is being read in order. A source draws from one at a time.
+        self._reader: tuple[tuple, ClipReader] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_reader": None}
 
     def __len__(self) -> int:
         return len(self._library)
@@ -325,6 +359,15 @@ class ClipSource(AbstractSource):
 
     def fingerprint(self) -> str:
         return self._library.fingerprint()
+
+    def reader(self, clip: _ClipInOrder, start: int) -> ClipReader:
+        """Of a long clip, where it stands; a new one if it stands behind `start`, or at another
+        clip."""
+        key = (clip.index, clip.rate, clip.working)
+        if self._reader is None or self._reader[0] != key or self._reader[1].position > start:
+            stored = self._library.stored(clip.index)
+            self._reader = key, ClipReader(stored, clip.probe, clip.rate, clip.working)
+        return self._reader[1]
 
     def item(self, index: int, request: Request) -> AbstractItem:
         if index in self._broken:
@@ -340,15 +383,23 @@ class ClipSource(AbstractSource):
         known = self._cache.get(key)
         if isinstance(known, _Frames):
             return known
-        stored = self._library.stored(index)
-        probe = known if isinstance(known, Probe) else probe_clip(stored)
+        stored = None
+        if isinstance(known, Probe):
+            probe = known
+        else:
+            stored = self._library.stored(index)
+            probe = probe_clip(stored)
         rate = float(request.fps or probe.rate)
         height, width = request.working(probe.height, probe.width)
         size = probe.frames(rate) * height * width * 3
         if probe.frames(rate) > 4 * request.frames and size * len(self) > self._cache.limit:
             # The probe only: the bytes of a record would soon fill the memory.
             self._cache.put(key, probe, _PROBE_BYTES)
+            if request.in_order:
+                return _ClipInOrder(self, index, probe, rate, request.working)
+            stored = stored or self._library.stored(index)
             return _LongClip(stored, probe, rate, request.working)
+        stored = stored or self._library.stored(index)
         clip = read_clip(stored, fps=rate, working=request.working)
         item = _Frames(clip.frames, np.arange(len(clip.frames)), clip.missing)
         self._cache.put(key, item, clip.frames.nbytes)
