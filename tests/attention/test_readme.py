@@ -11,7 +11,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("document", "snippets"), [("attention/README.md", 1), ("docs/attention.md", 8)]
+    ("document", "snippets"),
+    [
+        ("attention/README.md", 1),
+        pytest.param("docs/attention.md", 8, marks=pytest.mark.heavy),
+    ],
 )
 def test_every_python_block(document, snippets, monkeypatch):
     from elastictok.attention import _registry

@@ -138,7 +138,10 @@ def test_starting_from_a_run_takes_its_weights(run, media, tmp_path, run_program
     )
 
 
-@pytest.mark.parametrize("quantizer", ["vae", "vq", "lfq", "residual"])
+@pytest.mark.parametrize(
+    "quantizer",
+    ["vq", *(pytest.param(n, marks=pytest.mark.heavy) for n in ("vae", "lfq", "residual"))],
+)
 def test_another_quantizer_trains_saves_searches_and_decodes(
     media, tmp_path, run_program, quantizer
 ):

@@ -221,6 +221,7 @@ def test_cached_block_by_block_equals_the_whole_sequence(make_tiny, noise, size,
         np.testing.assert_allclose(out, whole.pixels[frames], atol=1e-5)
 
 
+@pytest.mark.heavy
 def test_a_full_cache_forgets_the_oldest_block_only(make_tiny, noise):
     """With one layer, a window of 2 blocks is exactly the sequence of the last two blocks."""
     model = make_tiny(GaussianVAE(3), layers=1)
@@ -315,6 +316,7 @@ def test_misfits_are_named(tiny, make_tiny, noise):
         eqx.tree_at(lambda m: m.patching, tiny, Patching(1, 4, 4)).__check_init__()
 
 
+@pytest.mark.heavy
 def test_bfloat16_changes_few_codes_at_the_default_initialisation():
     """Below 1 %; benchmarks/precision.py has the 200M geometry."""
     model = presets.small(key=jax.random.key(0))

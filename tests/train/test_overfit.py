@@ -1,6 +1,7 @@
 import itertools
 
 import jax
+import pytest
 from tiny_training import make_batch, tiny_model
 
 from elastictok.models import FixedDrop
@@ -8,6 +9,7 @@ from elastictok.quantizers import GaussianVAE
 from elastictok.train import AbstractTracker, fit
 
 
+@pytest.mark.heavy
 def test_one_batch_can_be_learnt_by_heart():
     """With the default optimizer and weights: three latents can hold a patch of one colour."""
     errors = []

@@ -44,8 +44,8 @@ INDEX = np.dtype(
 """What the index says of a record: bytes of the file, where its key ends, and as in [`Record`][];
 0 where that has `None`."""
 
-# Open shards keep about 46 bytes for each of their records.
-_MOST_OPEN_RECORDS = 2**21
+# Open shards keep about ten bytes for each of their records (46 in one of a million).
+_MOST_OPEN_RECORDS = 2**22
 _MOST_OPEN_SHARDS = 512
 READING = "readahead_buffer_size:0,max_parallelism:0"
 

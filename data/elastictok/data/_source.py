@@ -347,9 +347,11 @@ class ClipSource(AbstractSource):
         self._broken: dict[int, str] = {}
         # The clip that is being read in order. A source draws from one at a time.
         self._reader: tuple[tuple, ClipReader] | None = None
+        # What was learnt last, for the next part of the same clip.
+        self._probed: tuple[tuple, Probe] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_reader": None}
+        return self.__dict__ | {"_reader": None, "_probed": None}
 
     def __len__(self) -> int:
         return len(self._library)
@@ -383,12 +385,15 @@ class ClipSource(AbstractSource):
         known = self._cache.get(key)
         if isinstance(known, _Frames):
             return known
+        if known is None and self._probed is not None and self._probed[0] == key:
+            known = self._probed[1]
         stored = None
         if isinstance(known, Probe):
             probe = known
         else:
             stored = self._library.stored(index)
             probe = probe_clip(stored)
+            self._probed = key, probe
         rate = float(request.fps or probe.rate)
         height, width = request.working(probe.height, probe.width)
         size = probe.frames(rate) * height * width * 3
