@@ -298,6 +298,50 @@ def test_killed_at_any_file_a_build_goes_on(media, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
+SLOW = """
+import sys, time
+from elastictok.data import build, make_record
+
+def make(listed, encoding):
+    print(listed.key, flush=True)
+    time.sleep(0.2)
+    return make_record(listed, encoding)
+
+if __name__ == "__main__":
+    try:
+        build(sys.argv[1], sys.argv[2], shard_bytes=1, workers=2, make=make)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_with_workers_nothing_is_left_running(how, media, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    process = subprocess.Popen(
+        [sys.executable, "slow.py", media, "out"],
+        cwd=tmp_path,
+        env=os.environ | {"ELASTICTOK_TYPECHECK": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    process.stdout.readline()
+    if how == signal.SIGINT:  # as a terminal sends it: to all
+        os.killpg(process.pid, how)
+    else:
+        process.kill()
+    # The pipes end when the last process that holds them does.
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -how)
+    if how == signal.SIGINT:
+        assert "Traceback" not in errors, errors
+    build(media, tmp_path / "expected", shard_bytes=1)
+    build(media, tmp_path / "out", shard_bytes=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
 JOB = """
 import sys
 from elastictok.data import build

@@ -272,6 +272,38 @@ def test_a_program_ends_quietly(close, folder):
     assert (result.returncode, result.stdout, noise) == (0, "", [])
 
 
+QUIET = """
+import json, sys, warnings
+from elastictok.data import Geometry, load_folders
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    batches = iter(load_folders(sys.argv[1], Geometry((8, 8), 1), workers=2))
+    for _ in range(5):
+        batch = next(batches)
+    json.dumps(batches.get_state())
+    if sys.argv[2] == "close":
+        batches.close()
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("close", ["close", "leave"])
+def test_a_program_with_workers_needs_no_flags_parsed_and_ends_quietly(close, folder, tmp_path):
+    """Grain alone raises UnparsedFlagAccessError, and prints exceptions at the end."""
+    (tmp_path / "quiet.py").write_text(QUIET)
+    result = subprocess.run(
+        [sys.executable, "quiet.py", folder, close],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ELASTICTOK_TYPECHECK": "0"},
+        check=False,
+    )
+    noise = [line for line in result.stderr.splitlines() if "jax profiler" not in line]
+    assert (result.returncode, result.stdout, noise) == (0, "", [])
+
+
 @pytest.mark.heavy
 def test_workers(folder, broken):
     """Two processes: shares hold in every batch, resuming is exact, warnings arrive."""

@@ -24,6 +24,8 @@ import multiprocessing
 import os
 import secrets
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.sharedctypes import Synchronized
@@ -321,7 +323,18 @@ _worker: tuple[Plan, _Counters] | None = None
 
 def _begin_worker(out: Path, counters: _Counters) -> None:
     global _worker
+    # An interruption on the terminal reaches all processes; the first one deals with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = Plan(out), counters
+
+
+def _end_with_parent() -> None:
+    """A pool whose process was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _task_of_worker(index: int, make: Make, fatal: Sequence[str]) -> None:
