@@ -33,6 +33,7 @@ from elastictok.train import (
     NonFiniteError,
     RecompilationError,
     RunFolderError,
+    _devices,
     data_mesh,
     fit,
     latest_step,
@@ -119,6 +120,30 @@ def test_resuming_a_real_dataset(tmp_path):
     parts = train(data, steps=4, out=tmp_path / "parts", log_every=1, resume=True)
     assert equal(whole, parts)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("iterator", [False, True])
+def test_buckets_compile_once_for_each_size(tmp_path, monkeypatch, iterator):
+    rng = np.random.default_rng(0)
+    sizes = ((16, 16), (8, 16), (16, 8))
+    clips = [Clip(rng.integers(0, 256, (1, *size, 3), dtype=np.uint8), None) for size in sizes * 2]
+    data = load_clips(clips, Geometry((16, 16), 1, 2, buckets=sizes[1:]), batch_size=8, seed=3)
+    seen = []
+    original = _devices.CompiledStep.__call__
+
+    def counting(self, state, batch):
+        result = original(self, state, batch)
+        seen.append((_devices._size(batch), len(self._compiled)))
+        return result
+
+    monkeypatch.setattr(_devices.CompiledStep, "__call__", counting)
+    whole = train(iter(data) if iterator else data, steps=8, out=tmp_path / "whole", log_every=1)
+    assert {size for size, _ in seen} == set(sizes)
+    assert [count for _, count in seen] == [len({s for s, _ in seen[: i + 1]}) for i in range(8)]
+    train(data, steps=3, out=tmp_path / "parts", log_every=1)
+    parts = train(data, steps=8, out=tmp_path / "parts", log_every=1, resume=True)
+    assert equal(whole, parts)
 
 
 def test_what_a_run_folder_holds(tmp_path, capsys):

@@ -71,6 +71,9 @@ class Train:
     whole_clips: bool = False
     """Use clips from beginning to end, going on from one sequence to the next, instead of a random
     stretch each time."""
+    aspect_buckets: bool = False
+    """Train on frames of five aspects, from 9:16 to 16:9 and of about the model's area, each file
+    in the nearest; the step is compiled for each."""
     save_every: int = 1000
     """Steps between checkpoints."""
     log_every: int = 10

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,14 @@ from typing import Any
 
 import optax
 
-from elastictok.data import Geometry, RandomCrop, RandomStretch, WholeClip, load_folders
+from elastictok.data import (
+    Geometry,
+    RandomCrop,
+    RandomStretch,
+    WholeClip,
+    aspect_buckets,
+    load_folders,
+)
 from elastictok.models import AbstractTailDrop, ElasticTok, LogUniformDrop, UniformDrop, load
 from elastictok.train import (
     AbstractTracker,
@@ -39,7 +47,13 @@ def train(command: Train) -> None:
     model = _start(command)
     dataset = load_folders(
         weighted(command.data),
-        Geometry(model.size, model.frames_per_block, model.context, command.fps),
+        Geometry(
+            model.size,
+            model.frames_per_block,
+            model.context,
+            command.fps,
+            buckets=_buckets(model) if command.aspect_buckets else (),
+        ),
         crop=RandomCrop(0.5, 1.0),
         excerpt=WholeClip() if command.whole_clips else RandomStretch(),
         image_share=command.image_share,
@@ -84,6 +98,11 @@ def _start(command: Train) -> ElasticTok:
         )
     model = load(command.init_from)
     return model if command.context is None else with_context(model, command.context)
+
+
+def _buckets(model: ElasticTok) -> tuple[tuple[int, int], ...]:
+    multiple = math.lcm(model.patching.height, model.patching.width)
+    return aspect_buckets(model.size, multiple=multiple)
 
 
 def _optimizer(command: Train) -> optax.GradientTransformation:

@@ -233,6 +233,11 @@ class BatchIterator(Iterator[Batch]):
             warnings.warn(text, MediaWarning, stacklevel=2)
         return batch
 
+    @property
+    def geometry(self) -> Geometry:
+        """Of the batches."""
+        return self._dataset.geometry
+
     @functools.cached_property
     def _settings(self) -> dict[str, Any]:
         return self._dataset.settings()

@@ -1,6 +1,6 @@
 """Where state and batches live, and the step compiled for exactly those."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -48,7 +48,10 @@ def place(batch: Batch, mesh: Mesh) -> DeviceBatch:
 
 
 class CompiledStep:
-    """A step compiled ahead of time for one state and one shape of batch; it cannot recompile.
+    """A step compiled ahead of time for one state and one shape of batch; it never recompiles.
+
+    Batches may have other sizes of frames if those are named; the step is compiled for each of them
+    once, when the first such batch comes.
 
     The state given to a call is donated: its arrays are gone afterwards.
     """
@@ -58,6 +61,7 @@ class CompiledStep:
         step: Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]],
         state: TrainState,
         batch: DeviceBatch,
+        sizes: Sequence[tuple[int, int]] = (),
     ):
         arrays, self._static = eqx.partition(state, eqx.is_array)
 
@@ -70,16 +74,36 @@ class CompiledStep:
             return after, metrics
 
         kept = jax.tree.map(lambda array: array.sharding, arrays)
-        jitted = jax.jit(run, donate_argnums=0, out_shardings=(kept, None))
-        self._shapes = _shapes(batch)
-        self._compiled = jitted.lower(arrays, batch).compile()
+        self._jitted = jax.jit(run, donate_argnums=0, out_shardings=(kept, None))
+        self._expected = {
+            size: _shapes(batch) | {"pixels": _pixels_of(batch, size)}
+            for size in {_size(batch), *sizes}
+        }
+        self._first = _size(batch)
+        self._compiled = {self._first: self._jitted.lower(arrays, batch).compile()}
 
     def __call__(self, state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
         """**Raises:** `RecompilationError` naming the shapes that are not those compiled for."""
-        _refuse_changes("batch", self._shapes, _shapes(batch))
+        size = _size(batch)
+        expected = self._expected.get(size, self._expected[self._first])
+        _refuse_changes("batch", expected, _shapes(batch))
         arrays, _ = eqx.partition(state, eqx.is_array)
-        arrays, metrics = self._compiled(arrays, batch)
+        if size not in self._compiled:
+            self._compiled[size] = self._jitted.lower(arrays, batch).compile()
+        arrays, metrics = self._compiled[size](arrays, batch)
         return eqx.combine(arrays, self._static), metrics
+
+
+def _size(batch: DeviceBatch) -> tuple[int, int]:
+    """Height and width of the frames."""
+    height, width = batch.pixels.shape[-3:-1]
+    return height, width
+
+
+def _pixels_of(batch: DeviceBatch, size: tuple[int, int]) -> str:
+    """Type and shape of the pixels with other frames, as `_shapes` has them."""
+    *front, _, _, channels = batch.pixels.shape
+    return f"{batch.pixels.dtype}{[*front, *size, channels]}"
 
 
 def _shapes(tree) -> dict[str, str]:

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
-from elastictok.data import Batch
+from elastictok.data import Batch, BatchIterator, PackedDataset
 from elastictok.models import ElasticTok, UniformDrop
 
 from ._batches import Batches
@@ -62,7 +62,8 @@ def fit(
     **Arguments:**
 
     - `model`: where to start. Left as it is: steps work on a copy.
-    - `data`: batches of equal shapes. To be resumable, its iterator needs `get_state` and
+    - `data`: batches of equal shapes, but for the buckets of a [`PackedDataset`][]: the step is
+        compiled once for each of its sizes. To be resumable, its iterator needs `get_state` and
         `set_state` like those of `elastictok.data`; for a try-out any iterable of batches will do.
     - `steps`: in all, those of earlier sessions included.
     - `out`: the run folder; None writes nothing.
@@ -148,6 +149,7 @@ def fit(
             ),
             state,
             batches.peek(),
+            data.geometry.sizes if isinstance(data, PackedDataset | BatchIterator) else (),
         )
         show.say(f"compiled in {time.perf_counter() - began:.1f} s")
 
