@@ -1,11 +1,10 @@
 """Building a data set by a pipeline of Apache Beam, on whatever it runs on."""
 
-import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from elastictok.data._build import Built, finish, list_problems, state_of
+from elastictok.data._build import Built, completing, state_of
 from elastictok.data._plan import Plan, plan_for
 from elastictok.data._task import run_task
 
@@ -60,18 +59,12 @@ def build_with_beam(
     if found is None:
         return state_of(out)
     tasks = [task.index for task in found.open_tasks((0, 1))]
-    try:
-        with beam.Pipeline(
-            options=pipeline_options.PipelineOptions([f"--runner={runner}", *options])
-        ) as pipeline:
-            indices = pipeline | "Tasks" >> beam.Create(tasks)
-            # Without it, a runner may give all to the worker that made the list.
-            spread = indices | "Spread" >> beam.Reshuffle()
-            _ = spread | "Make shards" >> beam.Map(_do, os.path.abspath(out))
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            list_problems(found.folder, found.results())
-    finish(found)
+    settings = pipeline_options.PipelineOptions([f"--runner={runner}", *options])
+    with completing(found), beam.Pipeline(options=settings) as pipeline:
+        indices = pipeline | "Tasks" >> beam.Create(tasks)
+        # Without it, a runner may give all to the worker that made the list.
+        spread = indices | "Spread" >> beam.Reshuffle()
+        _ = spread | "Make shards" >> beam.Map(_do, os.path.abspath(out))
     return state_of(out)
 
 

@@ -27,7 +27,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
@@ -171,14 +171,22 @@ def build(
         shard_bytes=shard_bytes,
     )
     if found is not None:
-        try:
+        with completing(found):
             _Crew(found, found.open_tasks(shard), make, progress).run(workers)
-        finally:
-            # Not in `out`, where another job may just be putting the final ones.
-            with contextlib.suppress(FileNotFoundError):
-                list_problems(found.folder, found.results())
-        finish(found)
     return state_of(out)
+
+
+@contextlib.contextmanager
+def completing(found: Plan) -> Iterator[None]:
+    """Around the work on tasks: lists what was rejected so far however it ends, and completes the
+    data set if it ends well and nothing is left to do."""
+    try:
+        yield
+    finally:
+        # Not in `out`, where another job may just be putting the final ones.
+        with contextlib.suppress(FileNotFoundError):
+            _list_problems(found.folder, found.results())
+    _finish(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,7 +351,7 @@ def _task_of_worker(index: int, make: Make, fatal: Sequence[str]) -> None:
     run_task(found, index, make=make, fatal=fatal, count=counters.add)
 
 
-def finish(found: Plan) -> None:
+def _finish(found: Plan) -> None:
     """Joins the parts of the index and declares the data set complete, if all tasks are done.
 
     Several jobs may do so at once: each writes the same.
@@ -354,7 +362,7 @@ def finish(found: Plan) -> None:
         if len(results) < len(found.tasks):
             return
         kinds = {kind: _join(found, kind, results) for kind in KINDS}
-        list_problems(out, results)
+        _list_problems(out, results)
     except FileNotFoundError:
         if (out / DATASET).exists():
             return
@@ -409,7 +417,7 @@ def _join(found: Plan, kind: str, results: Sequence[dict[str, Any]]) -> dict[str
     }
 
 
-def list_problems(folder: Path, results: Sequence[dict[str, Any] | None]) -> None:
+def _list_problems(folder: Path, results: Sequence[dict[str, Any] | None]) -> None:
     """Writes `rejected.tsv` and `damaged.tsv` of the tasks that are done."""
     for name, header in ((REJECTED, "reason"), (DAMAGED, "missing_frames")):
         kind = name.removesuffix(".tsv")

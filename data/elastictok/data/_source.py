@@ -6,10 +6,11 @@ A source knows files or arrays; it knows nothing of blocks, crops or batches.
 import abc
 import bisect
 import dataclasses
+import functools
 import hashlib
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,53 +112,23 @@ class _Frames(AbstractItem):
         return self.stored[order]
 
 
-@dataclasses.dataclass(frozen=True)
-class _LongClip(AbstractItem):
-    """A clip that is decoded stretch by stretch."""
-
-    stored: Stored
-    probe: Probe
-    rate: float
-    working: WorkingSize
-
-    @property
-    def frames(self) -> int:
-        return self.probe.frames(self.rate)
-
-    @property
-    def missing(self) -> int:
-        return 0
-
-    def read(self, start: int, count: int) -> UInt8[np.ndarray, "frames height width 3"]:
-        return read_stretch(
-            self.stored, self.probe, rate=self.rate, start=start, count=count, working=self.working
-        )
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class _ClipInOrder(AbstractItem):
-    """A long clip that is decoded once, from its beginning on.
+class _LongClip(AbstractItem):
+    """A clip that is decoded stretch by stretch, by a function of first frame and count."""
 
-    Reading never begins at a key frame in the middle: of a damaged clip that would give other
-    frames, and so another run after a resumption.
-    """
-
-    source: "ClipSource"
-    index: int
-    probe: Probe
-    rate: float
-    working: WorkingSize
+    count: int
+    decode: Callable[[int, int], np.ndarray]
 
     @property
     def frames(self) -> int:
-        return self.probe.frames(self.rate)
+        return self.count
 
     @property
     def missing(self) -> int:
         return 0
 
     def read(self, start: int, count: int) -> UInt8[np.ndarray, "frames height width 3"]:
-        return self.source.reader(self, start).read(start, count)
+        return self.decode(start, count)
 
 
 class MemorySource(AbstractSource):
@@ -362,15 +333,6 @@ class ClipSource(AbstractSource):
     def fingerprint(self) -> str:
         return self._library.fingerprint()
 
-    def reader(self, clip: _ClipInOrder, start: int) -> ClipReader:
-        """Of a long clip, where it stands; a new one if it stands behind `start`, or at another
-        clip."""
-        key = (clip.index, clip.rate, clip.working)
-        if self._reader is None or self._reader[0] != key or self._reader[1].position > start:
-            stored = self._library.stored(clip.index)
-            self._reader = key, ClipReader(stored, clip.probe, clip.rate, clip.working)
-        return self._reader[1]
-
     def item(self, index: int, request: Request) -> AbstractItem:
         if index in self._broken:
             raise MediaError(self.name(index), self._broken[index])
@@ -401,11 +363,33 @@ class ClipSource(AbstractSource):
             # The probe only: the bytes of a record would soon fill the memory.
             self._cache.put(key, probe, _PROBE_BYTES)
             if request.in_order:
-                return _ClipInOrder(self, index, probe, rate, request.working)
-            stored = stored or self._library.stored(index)
-            return _LongClip(stored, probe, rate, request.working)
+                decode = functools.partial(self._decode_on, index, probe, rate, request.working)
+            else:
+                stored = stored or self._library.stored(index)
+                decode = functools.partial(_decode_stretch, stored, probe, rate, request.working)
+            return _LongClip(probe.frames(rate), decode)
         stored = stored or self._library.stored(index)
         clip = read_clip(stored, fps=rate, working=request.working)
         item = _Frames(clip.frames, np.arange(len(clip.frames)), clip.missing)
         self._cache.put(key, item, clip.frames.nbytes)
         return item
+
+    def _decode_on(
+        self, index: int, probe: Probe, rate: float, working: WorkingSize, start: int, count: int
+    ) -> UInt8[np.ndarray, "frames height width 3"]:
+        """Of a clip that is decoded once, from its beginning on.
+
+        Never from a key frame in the middle: of a damaged clip that would give other frames, and so
+        another run after a resumption.
+        """
+        key = (index, rate, working)
+        if self._reader is None or self._reader[0] != key or self._reader[1].position > start:
+            reader = ClipReader(self._library.stored(index), probe, rate, working)
+            self._reader = key, reader
+        return self._reader[1].read(start, count)
+
+
+def _decode_stretch(
+    stored: Stored, probe: Probe, rate: float, working: WorkingSize, start: int, count: int
+) -> UInt8[np.ndarray, "frames height width 3"]:
+    return read_stretch(stored, probe, rate=rate, start=start, count=count, working=working)

@@ -142,7 +142,7 @@ class _Shard:
         }
 
     def _check_written(self) -> None:
-        """The writer says nothing of a full disk."""
+        """A file that lost its end opens without complaint and is empty."""
         reader = record_module().ArrayRecordReader(os.fsencode(self._temporary), READING)
         count = reader.num_records()
         reader.close()
