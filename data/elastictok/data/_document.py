@@ -37,7 +37,8 @@ class AbstractExcerpt(abc.ABC):
 
         - `part`: from 0 to `parts - 1`.
         - `frames`: of the clip, at the rate that it is read at.
-        - `rng`: the only source of chance, in the same state for all parts of one use.
+        - `rng`: the only source of chance, in the same state for all parts of one use. As many
+            numbers must be drawn for each of them: the window, which all share, is drawn next.
         """
 
     @abc.abstractmethod
@@ -189,8 +190,7 @@ class DocumentMaker:
         _, height, width, _ = frames.shape
         bucket = nearest_size(height, width, geometry.sizes)
         size = geometry.sizes[bucket]
-        # The crop draws from numbers of its own, so that all parts of a clip have one window.
-        window = self._crop.window(height, width, size, rng.spawn(1)[0])
+        window = self._crop.window(height, width, size, rng)
         pixels = window.show(frames[: blocks * long], size)
         # A picture or a clip shorter than a block fills it with its last frame.
         if len(pixels) < blocks * long:

@@ -41,7 +41,9 @@ class Stream:
 
     def document(self, position: int, part: int) -> Document | Failure | None:
         """Part of what the item at a position of the order gives; always the same."""
-        rng = np.random.default_rng([self.seed, position])
+        # Counter-based, so that any position has numbers of its own at once. They are those that
+        # Grain's random_map gives: seeds mean what they meant when it was used here.
+        rng = np.random.Generator(np.random.Philox(self.seed, counter=[0, 0, 0, position]))
         return self.maker(self.order(position), part, rng)
 
 
