@@ -202,9 +202,12 @@ def test_a_full_disk_fails_in_one_line_and_leaves_what_was_there(tmp_path, capfd
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
     try:
-        with pytest.raises(
-            CheckpointError, match=r"step 2 could not be saved in .* resume"
-        ) as error:
+        with (
+            pytest.warns(UserWarning, match="step 2 could not be saved.*trying again"),
+            pytest.raises(
+                CheckpointError, match=r"step 2 could not be saved in .* resume"
+            ) as error,
+        ):
             checkpoints.save(state, LOOP)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -40,7 +40,7 @@ from elastictok.train import (
 )
 
 ONE_DEVICE = data_mesh(jax.local_devices()[:1])
-SPEED = {"steps_per_second", "waiting_for_data"}
+SPEED = {"steps_per_second", "tokens_per_second", "waiting_for_data"}
 
 
 def train(data=None, *, model=None, progress=False, **settings):

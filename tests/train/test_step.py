@@ -24,7 +24,7 @@ from elastictok.train import (
     train_step,
 )
 from elastictok.train._devices import place, replicated
-from elastictok.train._step import batch_losses
+from elastictok.train._step import batch_losses, step_keys
 
 MESH = data_mesh(jax.local_devices()[:1])
 
@@ -106,7 +106,7 @@ def test_valid_pixels_do_change_something(name):
 def test_losses_are_those_of_a_loop_over_examples(name, loss):
     model = tiny_model(quantizers()[name])
     batch = make_batch(3)
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = step_keys(jax.random.key(0), 0, 8)
     total, (metrics, summed) = jax.jit(
         lambda model, batch: batch_losses(model, batch, loss, FixedDrop(3), 0.5, keys)
     )(model, on_device(batch))
@@ -114,7 +114,7 @@ def test_losses_are_those_of_a_loop_over_examples(name, loss):
     errors, quantizer_losses, counts, sums = [], [], [], []
     examples = zip(batch.pixels, batch.segments, batch.valid, strict=True)
     one = jax.jit(lambda *inputs: model(*inputs[:-1], key=inputs[-1]))
-    for (pixels, segments, valid), key in zip(examples, jax.random.split(keys[1], 8), strict=True):
+    for (pixels, segments, valid), key in zip(examples, keys.model, strict=True):
         frames = (pixels.astype(np.float64) / 127.5 - 1).astype(np.float32)
         flat = frames.reshape(-1, *frames.shape[2:])
         out = one(flat, jnp.full(2, 3), segments, valid, key)
@@ -148,7 +148,7 @@ def test_a_loss_need_not_know_of_padding():
     batch = make_batch(0)
     noise = np.random.default_rng(0).integers(0, 256, batch.pixels.shape, dtype=np.uint8)
     pixels = np.where(batch.valid[:, :, None, None, None, None], batch.pixels, noise)
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = step_keys(jax.random.key(0), 0, 8)
     _, (metrics, _) = jax.jit(
         lambda model, batch: batch_losses(model, batch, careless, FixedDrop(3), 0.5, keys)
     )(tiny_model(), on_device(dataclasses.replace(batch, pixels=pixels)))
@@ -187,7 +187,7 @@ def test_the_optimizer_leaves_an_averaged_code_book_alone():
     batch = on_device(make_batch(0))
     after, _ = step(state, batch)
 
-    keys = jax.random.split(jax.random.fold_in(make().key, 0), 3)
+    keys = step_keys(make().key, 0, 8)
     losses = functools.partial(batch_losses, loss=MSE(), tail_drop=UniformDrop())
     _, (_, statistics) = jax.jit(lambda m: losses(m, batch, quantizer_weight=0.0, keys=keys))(model)
     expected = model.quantizer.update(statistics)

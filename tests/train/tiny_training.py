@@ -29,19 +29,24 @@ def quantizers() -> dict[str, AbstractQuantizer]:
 
 
 def tiny_model(
-    quantizer: AbstractQuantizer | None = None, *, seed: int = 0, heads: int = 2
+    quantizer: AbstractQuantizer | None = None,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    dim: int = 16,
+    context: int = 2,
 ) -> ElasticTok:
-    """Width 16, one layer on each side."""
+    """One layer on each side."""
     return presets.build(
         size=(SIZE, SIZE),
-        context=2,
+        context=context,
         frames_per_block=1,
         min_tokens=1,
         patching=Patching(1, 8, 8),
         order=CoarseToFine(),
         quantizer=FSQ((5, 5, 5)) if quantizer is None else quantizer,
-        dim=16,
-        hidden=16,
+        dim=dim,
+        hidden=dim,
         layers=1,
         heads=heads,
         rotary=RankRotary(1e4),

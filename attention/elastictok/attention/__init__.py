@@ -35,6 +35,7 @@ from elastictok.attention._tile_sizes import (
     tile_sizes,
     write_tiles,
 )
+from elastictok.attention._tiled import AbstractTiled
 from elastictok.attention._xla import XLA
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "AbstractBackend",
     "AbstractLayout",
     "AbstractMask",
+    "AbstractTiled",
     "And",
     "BlockCausal",
     "Causal",

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from elastictok.attention._backend import AbstractBackend, Shaped
 from elastictok.attention._masks import AbstractMask
 from elastictok.attention._pallas_tpu import PallasTPU
+from elastictok.attention._registry import choose
 from elastictok.attention._tiled import (
     UNSEEN,
     AbstractTiled,
@@ -30,6 +31,7 @@ from elastictok.attention._tiled import (
     backward,
     computed_in,
     forward,
+    named,
     row_sums,
 )
 from elastictok.attention._xla import XLA
@@ -109,7 +111,8 @@ class Ring(AbstractBackend):
 
     - `axis`: the name of the mesh axis.
     - `layout`: `Contiguous()` or `ZigZag()`.
-    - `inner`: what computes a hop. Default: the kernels for TPUs on a TPU, else `XLA()`.
+    - `inner`: what computes a hop. Default: the kernels for TPUs on a TPU, else `XLA()`; on an axis
+      of one device, which has no hops, the backend that `attention` takes by default.
     - `heads`: the mesh axis that the heads are split over, if any. Only for whole arrays.
     - `mesh`: the mesh. Default: that of the context.
     """
@@ -143,6 +146,8 @@ class Ring(AbstractBackend):
         ]
         if reasons:
             return reasons
+        if shards == 1 and self.inner is None:
+            return []
         q, k, v = (
             jax.ShapeDtypeStruct((n // shards, x.shape[1] // tensor, x.shape[2]), x.dtype)
             for x, n in ((q, queries), (k, keys), (v, keys))
@@ -164,7 +169,7 @@ class Ring(AbstractBackend):
     ) -> Float[Array, "tokens heads head_dim"]:
         leaves, structure = jax.tree.flatten(mask)
         leaves = tuple(jnp.asarray(leaf) for leaf in leaves)
-        how = _How(How(self._inner(), structure, scale), self.axis, self.layout)
+        how = _How(How(self._inner(), structure, scale), self.axis, self.layout, self.inner)
         if self._is_inside():
             return _local(how, q, k, v, leaves)
         spec = PartitionSpec(self.axis, self.heads)
@@ -201,6 +206,7 @@ class _How(eqx.Module):
     hop: How = eqx.field(static=True)
     axis: str = eqx.field(static=True)
     layout: AbstractLayout = eqx.field(static=True)
+    inner: AbstractTiled | None = eqx.field(static=True)
 
     def places(self, hop: Array, tokens: int) -> Int[Array, "tokens"]:
         """Of the tokens that are here after so many hops."""
@@ -214,6 +220,10 @@ class _How(eqx.Module):
 
 
 def _local(how: _How, q: Array, k: Array, v: Array, leaves: tuple[Array, ...]) -> Array:
+    if lax.axis_size(how.axis) == 1:  # no ring: whatever is best on one device
+        mask, scale = jax.tree.unflatten(how.hop.structure, leaves), how.hop.scale
+        backend = choose(how.inner, q, k, v, mask)
+        return backend(q, k, v, mask, scale=scale)
     dtype = computed_in(q, k, v)
     out: Array = _attend(how, q.astype(dtype), k.astype(dtype), v.astype(dtype), leaves)
     return out.astype(q.dtype)
@@ -241,7 +251,7 @@ def _attend_forward(
     nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((q.shape[1], q.shape[0]), UNSEEN)
     hops = jnp.arange(lax.axis_size(how.axis))
     (_, _, out, lse), _ = lax.scan(hop, (k, v, *nothing), hops)
-    out = out.astype(q.dtype)
+    out, lse = named(out.astype(q.dtype), lse)
     return out, (leaves, (q, k, v, out, lse))
 
 

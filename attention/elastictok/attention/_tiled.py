@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -183,7 +184,7 @@ def _attend(how: How, q: Array, k: Array, v: Array, leaves: tuple[Array, ...]) -
 def _attend_forward(
     how: How, q: Array, k: Array, v: Array, leaves: tuple[Array, ...]
 ) -> tuple[Array, PyTree[Array]]:
-    out, lse = forward(how, q, k, v, leaves, dtype=q.dtype)
+    out, lse = named(*forward(how, q, k, v, leaves, dtype=q.dtype))
     return out, (leaves, (q, k, v, out, lse))
 
 
@@ -196,6 +197,12 @@ def _attend_backward(
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def named(*saved: Array) -> tuple[Array, ...]:
+    """What the backward pass needs of the forward one, by the name that a policy of
+    `jax.checkpoint` can keep it by: with them, attention is not computed twice."""
+    return tuple(checkpoint_name(x, "attention") for x in saved)
 
 
 def row_sums(

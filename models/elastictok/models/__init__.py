@@ -20,6 +20,7 @@ from ._elastictok import (
     trainable,
     with_compute_dtype,
 )
+from ._execution import LOCAL, AbstractExecution, Local
 from ._folder import load, load_shapes, push, save
 from ._official import OFFICIAL_FSQ, OFFICIAL_VAE, OfficialConfig, file_sha256, load_official
 from ._order import AbstractOrder, CoarseToFine, Raster
@@ -30,8 +31,10 @@ from ._taildrop import AbstractTailDrop, FixedDrop, LogUniformDrop, UniformDrop,
 from ._transformer import KVCache, Linear, RMSNorm, SwiGLU, Transformer, count_parameters
 
 __all__ = [
+    "LOCAL",
     "OFFICIAL_FSQ",
     "OFFICIAL_VAE",
+    "AbstractExecution",
     "AbstractOrder",
     "AbstractRotary",
     "AbstractTailDrop",
@@ -46,6 +49,7 @@ __all__ = [
     "FixedDrop",
     "KVCache",
     "Linear",
+    "Local",
     "LogUniformDrop",
     "ModelFileError",
     "OfficialConfig",

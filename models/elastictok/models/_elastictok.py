@@ -12,6 +12,7 @@ from elastictok.attention import AbstractMask, BlockCausal, KeyValid, Segments
 from elastictok.quantizers import AbstractQuantizer, QuantizerOutput
 
 from ._cells import Cells
+from ._execution import LOCAL, AbstractExecution
 from ._order import AbstractOrder
 from ._patching import Patching
 from ._place import PlaceEmbedding
@@ -96,10 +97,11 @@ class Encoder(eqx.Module):
         mask: AbstractMask,
         positions: Int[Array, "tokens"],
         cells: Cells,
+        execution: AbstractExecution = LOCAL,
     ) -> Float[Array, "tokens latent_dim"]:
         """Latents of a whole sequence."""
         x = self.embed(patches, keep, positions, cells)
-        return self.readout(self.transformer(x, mask, positions, cells))
+        return self.readout(self.transformer(x, mask, positions, cells, execution))
 
     def extend(
         self,
@@ -185,10 +187,11 @@ class Decoder(eqx.Module):
         mask: AbstractMask,
         positions: Int[Array, "tokens"],
         cells: Cells,
+        execution: AbstractExecution = LOCAL,
     ) -> Float[Array, "tokens patch"]:
         """Patches of a whole sequence."""
         x = self.embed(latents, positions, cells)
-        return self.readout(self.transformer(x, mask, positions, cells))
+        return self.readout(self.transformer(x, mask, positions, cells, execution))
 
     def extend(
         self,
@@ -305,6 +308,7 @@ class ElasticTok(eqx.Module):
         valid: Bool[Array, "blocks"] | None = None,
         *,
         key: Key[Array, ""] | None = None,
+        execution: AbstractExecution = LOCAL,
     ) -> ElasticTokOutput:
         """Encodes, quantizes and decodes a sequence of blocks.
 
@@ -315,6 +319,7 @@ class ElasticTok(eqx.Module):
         - `segments`: which document each block belongs to; documents do not see each other.
         - `valid`: false for blocks of padding, which nobody sees and which add to no sum.
         - `key`: for quantizers that sample.
+        - `execution`: how the layers are carried out.
 
         **Raises:** `ValueError` for sizes that do not fit.
         """
@@ -333,12 +338,14 @@ class ElasticTok(eqx.Module):
             segments=segment_ids,
             key_valid=key_valid,
             key=key,
+            execution=execution,
         )
         patches = self.decode_tokens(
             quantized.latents,
             grid=self.grid(height, width),
             segments=segment_ids,
             key_valid=key_valid,
+            execution=execution,
         )
         count = blocks if valid is None else jnp.maximum(jnp.sum(valid), 1)
         return ElasticTokOutput(
@@ -418,6 +425,7 @@ class ElasticTok(eqx.Module):
         key_valid: Bool[Array, "tokens"] | None = None,
         positions: Int[Array, "tokens"] | None = None,
         key: Key[Array, ""] | None = None,
+        execution: AbstractExecution = LOCAL,
     ) -> QuantizerOutput:
         """The encoder and quantizer on tokens: any keep mask, documents that meet inside a block.
 
@@ -429,6 +437,7 @@ class ElasticTok(eqx.Module):
         - `segments`: document of each token.
         - `key_valid`: false for tokens that nobody sees.
         - `positions`: for the rotary embedding; the index in the sequence by default.
+        - `execution`: how the layers are carried out.
         """
         latents = self.encoder(
             patches,
@@ -436,6 +445,7 @@ class ElasticTok(eqx.Module):
             _mask(math.prod(grid), segments, key_valid),
             _positions(positions, patches),
             Cells(self.order, grid),
+            execution,
         )
         return self.quantizer(latents, keep, key=key)
 
@@ -447,6 +457,7 @@ class ElasticTok(eqx.Module):
         segments: Int[Array, "tokens"] | None = None,
         key_valid: Bool[Array, "tokens"] | None = None,
         positions: Int[Array, "tokens"] | None = None,
+        execution: AbstractExecution = LOCAL,
     ) -> Float[Array, "tokens patch"]:
         """The decoder on tokens; see `encode_tokens`. Latents must be zero where dropped."""
         return self.decoder(
@@ -454,6 +465,7 @@ class ElasticTok(eqx.Module):
             _mask(math.prod(grid), segments, key_valid),
             _positions(positions, latents),
             Cells(self.order, grid),
+            execution,
         )
 
     def init_cache(self, blocks: int, *, height: int, width: int) -> Cache:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from elastictok.attention import AbstractMask, KeyValid, attention
 
 from ._cells import Cells
+from ._execution import LOCAL, AbstractExecution
 from ._rope import AbstractRotary, rotate
 
 
@@ -191,17 +192,20 @@ class Transformer(eqx.Module):
         mask: AbstractMask,
         positions: Int[Array, "tokens"],
         cells: Cells,
+        execution: AbstractExecution = LOCAL,
     ) -> Float[Array, "tokens dim"]:
         """All tokens at once. `mask` says who sees whom, by index in the sequence."""
         cos, sin = self.rotary(positions, cells, self.head_dim)
 
         def step(x, layer):
+            layer = execution.weights(layer)
             q, k, v = self._project(layer, x, cos, sin)
-            return self._finish(layer, x, attention(q, k, v, mask)), None
+            out = attention(q, k, v, mask, implementation=execution.backend())
+            return execution.stream(self._finish(layer, x, out)), None
 
-        if self.remat:
-            step = jax.checkpoint(step)
-        return jax.lax.scan(step, x, self.layers)[0]
+        if self.remat or execution.remat is not None:
+            step = jax.checkpoint(step, policy=execution.remat)
+        return jax.lax.scan(step, execution.stream(x), self.layers)[0]
 
     def init_cache(self, window: int, tokens: int) -> KVCache:
         """An empty cache for `window` blocks of `tokens` tokens."""

@@ -8,7 +8,7 @@ if os.environ.get("ELASTICTOK_TYPECHECK") == "1":
     install_import_hook("elastictok.train", "beartype.beartype")
 
 from ._checkpoints import latest_step
-from ._devices import CompiledStep, data_mesh
+from ._devices import CompiledStep
 from ._errors import (
     CheckpointError,
     DataError,
@@ -16,17 +16,31 @@ from ._errors import (
     RecompilationError,
     RunFolderError,
 )
-from ._fit import default_optimizer, default_quantizer_weight, fit
+from ._fit import Stage, default_optimizer, default_quantizer_weight, fit, fit_stages
 from ._losses import L1, MSE, AbstractLoss, mean_over_valid
 from ._optimizers import Constant, Cosine, adamw, matrices, muon
-from ._step import DeviceBatch, TrainState, init_state, train_step
+from ._pictures import Pictures
+from ._sharding import (
+    RULES,
+    Sharded,
+    data_mesh,
+    data_share,
+    gather,
+    init_sharded,
+    make_mesh,
+    parse_mesh,
+    shardings,
+)
+from ._step import Average, DeviceBatch, TrainState, init_state, train_step
 from ._trackers import AbstractTracker, TensorBoard, WeightsAndBiases
 
 __all__ = [
     "L1",
     "MSE",
+    "RULES",
     "AbstractLoss",
     "AbstractTracker",
+    "Average",
     "CheckpointError",
     "CompiledStep",
     "Constant",
@@ -34,20 +48,30 @@ __all__ = [
     "DataError",
     "DeviceBatch",
     "NonFiniteError",
+    "Pictures",
     "RecompilationError",
     "RunFolderError",
+    "Sharded",
+    "Stage",
     "TensorBoard",
     "TrainState",
     "WeightsAndBiases",
     "adamw",
     "data_mesh",
+    "data_share",
     "default_optimizer",
     "default_quantizer_weight",
     "fit",
+    "fit_stages",
+    "gather",
+    "init_sharded",
     "init_state",
     "latest_step",
+    "make_mesh",
     "matrices",
     "mean_over_valid",
     "muon",
+    "parse_mesh",
+    "shardings",
     "train_step",
 ]

@@ -27,6 +27,7 @@ class ResumableIterator(Protocol):
 class _Made(NamedTuple):
     batch: DeviceBatch
     state: str | None
+    names: tuple[str, ...]
 
 
 class _Ended(NamedTuple):
@@ -36,8 +37,10 @@ class _Ended(NamedTuple):
 class Batches:
     """Iterates over `data` in a thread, one batch ahead.
 
-    `state` is that of the batches handed out by `next`, not of those made ahead: a run resumed from
-    it sees every batch exactly once.
+    - `state`: that of the batches handed out by `next`, not of those made ahead: a run resumed from
+        it sees every batch exactly once.
+    - `names`: of the documents in the batch handed out last.
+    - `seconds_waited`: for batches, in all.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Batches:
                 )
             self._resumable.set_state(state)
         self.state = state
+        self.names: tuple[str, ...] = ()
         self.seconds_waited = 0.0
         self._iterator = iterator
         self._place = place
@@ -75,8 +79,9 @@ class Batches:
         self._thread.start()
 
     def peek(self) -> DeviceBatch:
-        """The batch that `next` gives next; once, before the first `next`."""
-        self._first = self._get()
+        """The batch that `next` gives first; before the first `next`."""
+        if self._first is None:
+            self._first = self._get()
         return self._first.batch
 
     def next(self) -> DeviceBatch:
@@ -87,6 +92,7 @@ class Batches:
         made, self._first = self._first or self._get(), None
         self._handed_out += 1
         self.state = None if made.state is None else json.loads(made.state)
+        self.names = made.names
         return made.batch
 
     def close(self) -> None:
@@ -117,7 +123,8 @@ class Batches:
                 # As text, now: the iterator may go on changing the dictionary that it gave.
                 resumable = self._resumable
                 state = None if resumable is None else json.dumps(resumable.get_state())
-                self._put(_Made(self._place(batch), state))
+                names = tuple(name for sequence in batch.names for name in sequence)
+                self._put(_Made(self._place(batch), state, names))
                 if self._closing.is_set():
                     return
         except Exception as raised:  # handed to the thread that waits for the batch

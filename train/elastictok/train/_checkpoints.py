@@ -5,6 +5,7 @@ wrong weight. So each step's folder gets a `SHA256SUMS` after the commit (`sha25
 too). A folder without one was cut off while being written; one that differs from it is damaged.
 """
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -26,14 +27,20 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array
 
 from ._errors import CheckpointError
+from ._processes import from_first_process, is_first_process, wait_for_all
 from ._step import TrainState
 
 _SEAL = "SHA256SUMS"
+_PAUSES = (1.0, 5.0)  # seconds before a failed save is tried again
 _FORMAT = 1
 
 
 class Checkpoints:
-    """The newest `keep` states of a run, in `folder/<step>`."""
+    """The newest `keep` states of a run, in `folder/<step>`.
+
+    On several processes each makes one of these with the same folder, on a file system that they
+    share, and every call is made by all of them.
+    """
 
     def __init__(self, folder: Path, *, keep: int = 2):
         """**Arguments:**
@@ -42,12 +49,35 @@ class Checkpoints:
         - `keep`: older ones are deleted once a newer one is complete.
         """
         self._folder = folder.absolute()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for step in _steps(self._folder):
-            if not (self._folder / str(step) / _SEAL).exists():
-                shutil.rmtree(self._folder / str(step))
+        if is_first_process():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for step in _steps(self._folder):
+                if not (self._folder / str(step) / _SEAL).exists():
+                    shutil.rmtree(self._folder / str(step))
+        wait_for_all("checkpoints opened")
         self._keep = keep
         self._manager = self._open()
+        self._writing: threading.Thread | None = None
+        self._failure: CheckpointError | None = None
+
+    def start(self, state: TrainState, loop: dict[str, Any]) -> None:
+        """Copies a state and writes and seals a checkpoint of it in the background.
+
+        Waits for the one before. What becomes of it, `failed` says.
+
+        **Arguments:** as of `save`.
+        """
+        self.wait()
+        step, items = self._items(state, loop)
+        try:
+            _attempt(lambda: self._begin(step, items), *self._said(step))
+        except CheckpointError as error:
+            self._failure = error
+            return
+        self._writing = threading.Thread(
+            target=self._finish, args=(step,), name="elastictok-checkpoint"
+        )
+        self._writing.start()
 
     def save(self, state: TrainState, loop: dict[str, Any]) -> None:
         """Writes and seals a checkpoint; returns when it is on disk.
@@ -57,31 +87,29 @@ class Checkpoints:
         - `state`: names the step.
         - `loop`: what the loop must know to go on; JSON.
 
-        **Raises:** `CheckpointError` if anything of it fails.
+        **Raises:** `CheckpointError` if it fails again and again.
         """
-        step = int(state.step)
-        arrays = _arrays(state)
-        meta = {
-            "format": _FORMAT,
-            "arrays": _kinds(arrays),
-            "settings": dict(_settings(state.model)),
-            "loop": loop,
-        }
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)
-        )
+        for pause in (*_PAUSES, None):
+            self.start(state, loop)
+            self.wait()
+            failure, self._failure = self._failure, None
+            if failure is None:
+                return
+            if pause is None:
+                raise failure
+            warnings.warn(f"{failure}; trying again", stacklevel=2)
+            time.sleep(pause)
+            self._reopen()
 
-        def write() -> None:
-            if not self._manager.save(step, args=items, force=True):
-                raise OSError("Orbax skipped it")
-            self._manager.wait_until_finished()
-            _seal(self._folder / str(step))
+    def failed(self) -> bool:
+        """Whether the last checkpoint that was started could not be written: `save` one now."""
+        return self._failure is not None
 
-        _attempt(
-            write,
-            f"step {step} could not be saved in {self._folder}",
-            "; earlier checkpoints are untouched: make room or permit writing, then resume",
-        )
+    def wait(self) -> None:
+        """Returns when nothing is being written."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
 
     def newest(self) -> int | None:
         """The newest step whose files are what was written; None if there is no checkpoint.
@@ -90,6 +118,20 @@ class Checkpoints:
 
         **Raises:** `CheckpointError` if there are checkpoints and all are damaged.
         """
+        good, damaged = self._verified() if is_first_process() else (None, False)
+        found = from_first_process([-1 if good is None else good, int(damaged)])
+        good, damaged = (None if found[0] < 0 else found[0]), bool(found[1])
+        if damaged:
+            self._reopen()
+        if damaged and good is None:
+            raise CheckpointError(
+                f"every checkpoint in {self._folder} was damaged; start a new run, from this one's "
+                "model.safetensors if that still loads"
+            )
+        return good
+
+    def _verified(self) -> tuple[int | None, bool]:
+        """The newest good step, and whether there were damaged ones, which are moved aside."""
         damaged = []
         good = None
         for step in reversed(_steps(self._folder)):
@@ -103,17 +145,9 @@ class Checkpoints:
             warnings.warn(
                 f"checkpoint {step} is damaged ({fault}); moved to {aside}, "
                 + ("going back to an earlier one" if good is None else f"going back to {good}"),
-                stacklevel=2,
+                stacklevel=3,
             )
-        if damaged:
-            self._manager.close()
-            self._manager = self._open()
-        if damaged and good is None:
-            raise CheckpointError(
-                f"every checkpoint in {self._folder} was damaged; start a new run, from this one's "
-                "model.safetensors if that still loads"
-            )
-        return good
+        return good, bool(damaged)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Reads a checkpoint.
@@ -145,8 +179,53 @@ class Checkpoints:
         return _with_arrays(like, arrays), meta["loop"]
 
     def close(self) -> None:
-        """Ends Orbax's threads."""
-        self._manager.close()
+        """Waits for what is being written, and ends Orbax's threads."""
+        self.wait()
+        self._end()
+
+    def _end(self) -> None:
+        with contextlib.suppress(CheckpointError):  # a failed save once more, which was reported
+            _attempt(self._manager.close, "closing")
+
+    def _items(self, state: TrainState, loop: dict[str, Any]) -> tuple[int, Any]:
+        arrays = _arrays(state)
+        if jax.default_backend() == "cpu":
+            # Elsewhere Orbax copies them to the host; here it would go on reading the memory that
+            # the next step overwrites.
+            arrays = {name: array.copy() for name, array in arrays.items()}
+        meta = {
+            "format": _FORMAT,
+            "arrays": _kinds(arrays),
+            "settings": dict(_settings(state.model)),
+            "loop": loop,
+        }
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)
+        )
+        return int(state.step), items
+
+    def _said(self, step: int) -> tuple[str, str]:
+        return (
+            f"step {step} could not be saved in {self._folder}",
+            "; earlier checkpoints are untouched: make room or permit writing, then resume",
+        )
+
+    def _begin(self, step: int, items: Any) -> None:
+        if not self._manager.save(step, args=items, force=True):
+            raise OSError("Orbax skipped it")
+
+    def _finish(self, step: int) -> None:
+        """In a thread of its own: Orbax commits, then the step is sealed."""
+
+        def finish() -> None:
+            self._manager.wait_until_finished()
+            if is_first_process():
+                _seal(self._folder / str(step))
+
+        try:
+            _attempt(finish, *self._said(step))
+        except CheckpointError as error:
+            self._failure = error
 
     def _read(self, step: int, item: str, how: ocp.args.CheckpointArgs) -> Any:
         items = _attempt(
@@ -155,11 +234,20 @@ class Checkpoints:
         )
         return cast(Any, items)[item]
 
+    def _reopen(self) -> None:
+        self._end()
+        if is_first_process():
+            for step in _steps(self._folder):
+                if not (self._folder / str(step) / _SEAL).exists():
+                    shutil.rmtree(self._folder / str(step), ignore_errors=True)
+        wait_for_all("checkpoints opened again")
+        self._manager = self._open()
+
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep,
             save_interval_steps=1,
-            enable_async_checkpointing=False,
+            enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
         )
         return ocp.CheckpointManager(self._folder, options=options)

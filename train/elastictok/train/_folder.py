@@ -15,6 +15,7 @@ from elastictok.models import ElasticTok, save
 from ._checkpoints import Checkpoints
 from ._errors import RunFolderError
 from ._metrics import MetricsFile
+from ._processes import is_first_process, wait_for_all
 
 _PACKAGES = ("elastictok", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "numpy")
 
@@ -26,6 +27,9 @@ class RunFolder:
     - `metrics.jsonl`: a line per `log_every` steps.
     - `checkpoints/<step>`: to resume from.
     - `sessions.jsonl`: a line per call of `fit`: its settings and the versions it ran with.
+
+    Of several processes, which must share the file system, the first one writes all but their parts
+    of the checkpoints.
     """
 
     def __init__(self, path: Path, *, resume: bool):
@@ -37,19 +41,25 @@ class RunFolder:
                 f"{path} already holds a run ({', '.join(used)}); resume it with resume=True "
                 "(--resume), or choose another folder"
             )
+        wait_for_all("run folder seen")  # before one of them writes to it
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints")
+        self.begun = False
         self._metrics: MetricsFile | None = None
 
     def begin(self, step: int, settings: Mapping[str, Any]) -> None:
         """Opens `metrics.jsonl` for the lines after `step`, and notes this session."""
+        self.begun = True
+        if not is_first_process():
+            return
         self._metrics = MetricsFile(self.path / "metrics.jsonl", after=step)
         session = {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "from_step": step,
             **settings,
-            "devices": [device.device_kind for device in jax.local_devices()],
+            "devices": [device.device_kind for device in jax.devices()],
+            "processes": jax.process_count(),
             "python": platform.python_version(),
             "versions": {name: _version(name) for name in _PACKAGES},
         }
@@ -58,12 +68,18 @@ class RunFolder:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """A line of `metrics.jsonl`; after `begin`."""
-        assert self._metrics is not None
-        self._metrics.write(step, metrics)
+        if self._metrics is not None:
+            self._metrics.write(step, metrics)
 
     def save_model(self, model: ElasticTok) -> None:
-        """Makes it the folder's model. What was there stays whole until the new one is."""
-        save(model, self.path)
+        """Makes it the folder's model. What was there stays whole until the new one is.
+
+        **Arguments:**
+
+        - `model`: on one device, see `gather`.
+        """
+        if is_first_process():
+            save(model, self.path)
 
     def close(self) -> None:
         """Ends the threads of the checkpoints."""

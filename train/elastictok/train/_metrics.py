@@ -13,6 +13,7 @@ from ._errors import NonFiniteError
 from ._step import Metrics
 
 _PENDING = 256  # steps whose metrics may stay on the device
+_NAMED = 16  # documents that an error lists
 _MEMORY = 0.98  # of the running loss: it looks back over about 50 steps
 
 
@@ -31,27 +32,33 @@ class Meter:
         """
         self._rows: list[dict[str, float]] = list(state["rows"]) if state else []
         self.running_loss: float = state["running_loss"] if state else math.inf
-        self._pending: list[tuple[int, Metrics]] = []
+        self._pending: list[tuple[int, Metrics, tuple[str, ...]]] = []
 
-    def add(self, step: int, metrics: Metrics) -> None:
-        """Takes what the step gave, most of the time without waiting for it."""
-        self._pending.append((step, metrics))
+    def add(self, step: int, metrics: Metrics, names: tuple[str, ...] = ()) -> None:
+        """Takes what the step gave, most of the time without waiting for it.
+
+        **Arguments:**
+
+        - `names`: of the documents in the step's batch, to blame.
+        """
+        self._pending.append((step, metrics, names))
         if len(self._pending) == _PENDING:
             self.fetch()
 
     def fetch(self) -> None:
         """Waits for the steps added so far.
 
-        **Raises:** `NonFiniteError` naming the first metric that is not finite, and its step.
+        **Raises:** `NonFiniteError` naming the first metric that is not finite, its step and what
+        the step's batch was made of.
         """
-        steps = [step for step, _ in self._pending]
-        rows = jax.device_get([metrics for _, metrics in self._pending])
+        pending = list(self._pending)
+        rows = jax.device_get([metrics for _, metrics, _ in pending])
         self._pending.clear()
-        for step, row in zip(steps, rows, strict=True):
+        for (step, _, names), row in zip(pending, rows, strict=True):
             numbers = {name: float(value) for name, value in row.items()}
             for name, value in numbers.items():
                 if not math.isfinite(value):
-                    raise NonFiniteError(f"{name} is {value} at step {step}")
+                    raise NonFiniteError(f"{name} is {value} at step {step}{_made_of(names)}")
             self._rows.append(numbers)
             loss, mean = numbers["loss"], self.running_loss
             self.running_loss = loss if math.isinf(mean) else mean + (1 - _MEMORY) * (loss - mean)
@@ -71,6 +78,13 @@ class Meter:
     def state(self) -> dict[str, Any]:
         """For a checkpoint, after `fetch`."""
         return {"rows": list(self._rows), "running_loss": self.running_loss}
+
+
+def _made_of(names: tuple[str, ...]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f" (its batch: {', '.join(names[:_NAMED])}{more})"
 
 
 def psnr(mse: float) -> float:

@@ -1,20 +1,23 @@
 """One training step: from uint8 pixels to the next state, a pure function."""
 
+import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, UInt8
 
-from elastictok.models import ElasticTok, trainable
+from elastictok.models import LOCAL, AbstractExecution, ElasticTok, trainable
 
 from ._errors import DataError
-from ._losses import MSE, mean_over_valid
+from ._losses import MSE, AbstractLoss, mean_over_valid
 
 Loss = Callable[..., Float[Array, ""]]
 TailDrop = Callable[..., Int[Array, "blocks"]]
+Weight = float | int | optax.Schedule
 Metrics = dict[str, Float[Array, ""]]
 
 
@@ -25,12 +28,18 @@ class TrainState(eqx.Module):
     - `opt_state`: of the optimizer, over the trained arrays only.
     - `step`: steps done.
     - `key`: of the run; each step folds its number into it.
+    - `average`: of the trained arrays over the steps, None elsewhere; None without averaging.
     """
 
     model: ElasticTok
     opt_state: PyTree
     step: Int[Array, ""]
     key: Key[Array, ""]
+    average: PyTree | None = None
+
+    def averaged(self) -> ElasticTok:
+        """The model with the averaged arrays where there are such."""
+        return self.model if self.average is None else eqx.combine(self.average, self.model)
 
 
 class DeviceBatch(eqx.Module):
@@ -41,13 +50,52 @@ class DeviceBatch(eqx.Module):
     valid: Bool[Array, "batch blocks"]
 
 
+class Average(eqx.Module):
+    """Exponential average of the weights over the steps, often a better model than the last one.
+
+    - `decay`: 0.999 looks back over about a thousand steps. Early steps count more, with a decay of
+        `(1 + step) / (10 + step)` while that is less: the random weights of the start are forgotten
+        soon.
+    """
+
+    decay: float = eqx.field(static=True)
+
+    def __check_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay is {self.decay}; it must be at least 0 and less than 1")
+
+    def __call__(self, average: PyTree, params: PyTree, step: Int[Array, ""]) -> PyTree:
+        """The next average.
+
+        **Arguments:**
+
+        - `average`: the last one.
+        - `params`: after this step.
+        - `step`: done before this one.
+        """
+        decay = jnp.minimum(self.decay, (1 + step) / (10 + step))
+        return jax.tree.map(
+            lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), average, params
+        )
+
+
 def init_state(
-    model: ElasticTok, optimizer: optax.GradientTransformation, key: Key[Array, ""]
+    model: ElasticTok,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    *,
+    average: bool = False,
 ) -> TrainState:
-    """The state before the first step. It shares no memory with `model`: steps donate it."""
+    """The state before the first step. It shares no memory with `model`: steps donate it.
+
+    **Arguments:**
+
+    - `average`: whether to keep an average of the weights, see [`Average`][].
+    """
     model = jax.tree.map(lambda leaf: leaf.copy() if eqx.is_array(leaf) else leaf, model)
     params = eqx.filter(model, trainable(model))
-    return TrainState(model, optimizer.init(params), jnp.zeros((), jnp.int32), key)
+    averaged = jax.tree.map(jnp.copy, params) if average else None
+    return TrainState(model, optimizer.init(params), jnp.zeros((), jnp.int32), key, averaged)
 
 
 def train_step(
@@ -57,7 +105,10 @@ def train_step(
     optimizer: optax.GradientTransformation,
     loss: Loss,
     tail_drop: TailDrop,
-    quantizer_weight: float | int,
+    quantizer_weight: Weight,
+    accumulate: int = 1,
+    average: Average | None = None,
+    execution: AbstractExecution = LOCAL,
 ) -> tuple[TrainState, Metrics]:
     """Draws lengths, reconstructs, moves the trained arrays, then lets the quantizer update itself.
 
@@ -65,24 +116,112 @@ def train_step(
     the quantizer's loss is summed over kept tokens and averaged over the valid blocks of the batch,
     and its batch loss is a function of the statistics summed over the batch.
 
+    **Arguments:**
+
+    - `quantizer_weight`: a number, or a function of the step.
+    - `accumulate`: parts that the batch is computed in, one after the other, for less memory. The
+        gradient is that of the whole batch, for losses that are means over valid blocks; the
+        quantizer's batch loss, and what a loss draws at random, are per part.
+    - `average`: how the state's average moves; None leaves it.
+    - `execution`: how the model's layers are carried out.
+
     **Returns:** the next state, and for this batch, before the update: `loss` (the total),
     `reconstruction`, `quantizer` (what the quantizer adds to the total), `mse` (pixels in
     [-1, 1]), `kept` (share of tokens kept in valid blocks) and `gradient_norm`.
     """
-    keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+    if isinstance(loss, AbstractLoss):
+        loss = loss.at(state.step)
+    weight = quantizer_weight(state.step) if callable(quantizer_weight) else quantizer_weight
     params, rest = eqx.partition(state.model, trainable(state.model))
 
-    def total(params: PyTree):
+    def total(params: PyTree, part: _Part):
         model = eqx.combine(params, rest)
-        return batch_losses(model, batch, loss, tail_drop, quantizer_weight, keys)
+        value, others = batch_losses(
+            model, part.batch, loss, tail_drop, weight, part.keys, execution
+        )
+        return part.share * value, others
 
-    (_, (metrics, statistics)), gradient = jax.value_and_grad(total, has_aux=True)(params)
+    gradient, metrics, statistics = _accumulated(
+        functools.partial(jax.value_and_grad(total, has_aux=True), params),
+        _parts(batch, step_keys(state.key, state.step, batch.pixels.shape[0]), accumulate),
+    )
     updates, opt_state = optimizer.update(gradient, state.opt_state, params)
-    model = eqx.combine(eqx.apply_updates(params, updates), rest)
+    params = eqx.apply_updates(params, updates)
+    model = eqx.combine(params, rest)
     quantizer = model.quantizer.update(jax.lax.stop_gradient(statistics))
     model = eqx.tree_at(lambda m: m.quantizer, model, quantizer)
     metrics["gradient_norm"] = optax.tree.norm(gradient)
-    return TrainState(model, opt_state, state.step + 1, state.key), metrics
+    averaged = state.average
+    if average is not None:
+        averaged = average(averaged, params, state.step)
+    return TrainState(model, opt_state, state.step + 1, state.key, averaged), metrics
+
+
+class Keys(NamedTuple):
+    """Of a step: for each example's lengths, for each example's model, for the loss."""
+
+    lengths: Key[Array, "batch"]
+    model: Key[Array, "batch"]
+    loss: Key[Array, ""]
+
+
+class _Part(NamedTuple):
+    """What is computed at once, and its share of the batch's valid blocks."""
+
+    batch: DeviceBatch
+    keys: Keys
+    share: Float[Array, ""]
+
+
+def step_keys(key: Key[Array, ""], step: Int[ArrayLike, ""], examples: int) -> Keys:
+    """The keys of a step of a run.
+
+    **Arguments:**
+
+    - `key`: of the run.
+    - `examples`: in a batch.
+    """
+    lengths, model, loss = jax.random.split(jax.random.fold_in(key, step), 3)
+    return Keys(jax.random.split(lengths, examples), jax.random.split(model, examples), loss)
+
+
+def _parts(batch: DeviceBatch, keys: Keys, count: int) -> _Part:
+    """All parts, stacked. A part has every `count`-th example, some of each device's."""
+
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
+
+    if batch.pixels.shape[0] % count:
+        raise DataError(
+            f"a batch of {batch.pixels.shape[0]} examples cannot be computed in {count} parts; "
+            f"choose a batch size that is a multiple of {count}, or accumulate less"
+        )
+    batches = jax.tree.map(split, batch)
+    blocks = jnp.sum(batches.valid, axis=(1, 2))
+    loss_keys = keys.loss[None] if count == 1 else jax.random.split(keys.loss, count)
+    each = Keys(split(keys.lengths), split(keys.model), loss_keys)
+    return _Part(batches, each, blocks / jnp.maximum(jnp.sum(blocks), 1))
+
+
+def _accumulated(
+    part_gradient: Callable[[_Part], Any], parts: _Part
+) -> tuple[PyTree, Metrics, PyTree]:
+    """The gradient, metrics and statistics of all parts."""
+
+    def one(part: _Part) -> tuple[PyTree, Metrics, PyTree]:
+        (_, (metrics, statistics)), gradient = part_gradient(part)
+        return gradient, jax.tree.map(lambda value: part.share * value, metrics), statistics
+
+    count = parts.share.shape[0]
+    first = jax.tree.map(lambda x: x[0], parts)
+    if count == 1:
+        return one(first._replace(share=jnp.ones(())))
+
+    def add(so_far: PyTree, part: _Part) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, so_far, one(part)), None
+
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
+    return jax.lax.scan(add, nothing, parts)[0]
 
 
 def batch_losses(
@@ -90,14 +229,14 @@ def batch_losses(
     batch: DeviceBatch,
     loss: Loss,
     tail_drop: TailDrop,
-    quantizer_weight: float | int,
-    keys: Key[Array, "3"],
+    quantizer_weight: ArrayLike,
+    keys: Keys,
+    execution: AbstractExecution = LOCAL,
 ) -> tuple[Float[Array, ""], tuple[Metrics, PyTree]]:
     """The total loss of a batch, its metrics, and the quantizer's statistics summed over it.
 
-    **Arguments:** as of `train_step`; `keys` for the lengths, the model and the loss.
+    **Arguments:** as of `train_step`.
     """
-    drop_key, model_key, loss_key = keys[0], keys[1], keys[2]
     examples, blocks, frames, height, width, _ = batch.pixels.shape
     if frames != model.frames_per_block:
         raise DataError(
@@ -106,24 +245,25 @@ def batch_losses(
         )
     tokens = model.tokens_per_block(height, width)
     least = min(model.min_tokens, tokens)
-    lengths = jax.vmap(lambda key: tail_drop(key, blocks, least, tokens))(
-        jax.random.split(drop_key, examples)
-    )
+    lengths = jax.vmap(lambda key: tail_drop(key, blocks, least, tokens))(keys.lengths)
     target = batch.pixels.astype(jnp.float32) / 127.5 - 1
     out = jax.vmap(
-        lambda x, length, segments, valid, key: model(x, length, segments, valid, key=key)
+        lambda x, length, segments, valid, key: model(
+            x, length, segments, valid, key=key, execution=execution
+        ),
+        spmd_axis_name=execution.batch_axes,
     )(
         target.reshape(examples, blocks * frames, height, width, 3),
         lengths,
         batch.segments,
         batch.valid,
-        jax.random.split(model_key, examples),
+        keys.model,
     )
     # Both sides, before any arithmetic: what a loss does with padding then has no gradient either.
     seen = batch.valid[:, :, None, None, None, None]
     prediction = jnp.where(seen, out.pixels.reshape(target.shape), 0)
     target = jnp.where(seen, target, 0)
-    reconstruction = loss(prediction, target, batch.valid, key=loss_key)
+    reconstruction = loss(prediction, target, batch.valid, key=keys.loss)
 
     # A model divides by its own example's valid blocks: the mean over the batch weighs them back.
     count = jnp.sum(batch.valid, axis=1)
