@@ -19,13 +19,19 @@ from elastictok.train import latest_step
 HERE = Path(__file__).parent
 
 
+# `ELASTICTOK_KILLS=20 pytest -m heavy tests/train/test_kill.py` for more of them.
+KILLS = int(os.environ.get("ELASTICTOK_KILLS", "3"))
+EVERY = 2  # steps between checkpoints
+
+
 @pytest.mark.heavy
 def test_killed_again_and_again(tmp_path):
     out = tmp_path / "killed"
     rng = random.Random(0)
-    for _ in range(4):
+    lost = []
+    for _ in range(KILLS):
         child = subprocess.Popen(
-            [sys.executable, HERE / "train_until_killed.py", out, "1000"],
+            [sys.executable, HERE / "train_until_killed.py", out, "100000", str(EVERY)],
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -40,12 +46,17 @@ def test_killed_again_and_again(tmp_path):
         saved = latest_step(out)
         assert saved is not None
         assert seen == list(range(seen[0], seen[-1] + 1))
-        assert seen[-1] - 2 <= saved <= seen[-1] + 1
+        # The last step may have been done and not told. At most one checkpoint is being written
+        # at any time: the loop waits for it when the next one is due.
+        assert saved % EVERY == 0
+        lost.append(seen[-1] - saved)
+        assert -1 <= lost[-1] <= 2 * EVERY
         load(out)
+    print(f"{KILLS} kills, steps lost: {lost}")
 
     total = saved + 3
-    resumed = train(str(out), total)
-    whole = train(str(tmp_path / "whole"), total)
+    resumed = train(str(out), total, EVERY)
+    whole = train(str(tmp_path / "whole"), total, EVERY)
     pairs = zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
     rows = [

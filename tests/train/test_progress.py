@@ -4,12 +4,21 @@ from rich.console import Console
 
 from elastictok.train._progress import Bar, Lines, Silent, describe, display
 
-METRICS = {"loss": 0.12345, "psnr": 18.26, "steps_per_second": 2.5}
+METRICS = {
+    "loss": 0.12345,
+    "psnr": 18.26,
+    "steps_per_second": 2.5,
+    "tokens_per_second": 25_600.0,
+    "waiting_for_data": 0.031,
+}
 
 
 def test_one_line_says_it_all():
-    text = describe(100, 10_000, METRICS)
-    assert text == "loss 0.1235  PSNR 18.3 dB  2.5 steps/s  1:06:00 left"
+    speed = "25.6k tokens/s  3% waiting for data  1:06:00 left"
+    assert describe(100, 10_000, METRICS) == f"loss 0.1235  PSNR 18.3 dB  {speed}"
+    known = METRICS | {"mse_full": 0.0123, "mse_quarter": 0.00045}
+    text = describe(100, 10_000, known)
+    assert text == f"loss 0.1235  MSE 0.0123 full, 4.5e-04 quarter  {speed}"
 
 
 def test_lines_come_now_and_then_and_at_the_end():

@@ -1,4 +1,4 @@
-"""Run by test_kill.py, which kills it: trains into the folder given, saving after every step."""
+"""Run by test_kill.py, which kills it: trains into the folder given, saving often."""
 
 import sys
 
@@ -20,14 +20,14 @@ class Say(AbstractTracker):
         pass
 
 
-def train(out: str, steps: int) -> ElasticTok:
+def train(out: str, steps: int, every: int) -> ElasticTok:
     return fit(
         tiny_model(GaussianVAE(3)),
         Counted(),
         steps=steps,
         out=out,
         optimizer=OPTIMIZER,
-        save_every=1,
+        save_every=every,
         log_every=1,
         resume=True,
         trackers=[Say()],
@@ -38,4 +38,4 @@ def train(out: str, steps: int) -> ElasticTok:
 
 if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)  # as conftest.py does
-    train(sys.argv[1], int(sys.argv[2]))
+    train(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg, subcommand
 
 Output = Annotated[Path, arg(aliases=("-o",))]
+Precision = Literal["float32", "bfloat16"]
+Remat = Literal["layers", "attention", "products", "none"]
 QuantizerName = Literal["fsq", "vae", "vq", "lfq", "residual"]
 
 
@@ -45,11 +47,14 @@ class Train:
     """Folders of pictures (jpg, png, webp) and clips (mp4, webm, avi, mov), nested as you like, or
     data sets made by `data build`. FOLDER:0.3 for each gives every one that share of the blocks."""
     out: Output
-    """Run folder: metrics.jsonl, checkpoints and the model itself."""
-    steps: int = 20_000
-    """Steps in all; a resumed run counts those it has."""
+    """Run folder: metrics.jsonl, pictures, checkpoints and the model itself."""
+    steps: int | None = None
+    """Steps in all, 20000 by default; a resumed run counts those it has."""
     batch_size: int = 8
-    """Sequences per step; a sequence has as many blocks as the model's context."""
+    """Sequences per step, of all devices; a sequence has as many blocks as the model's context."""
+    stages: tuple[str, ...] = ()
+    """Train in stages, each CONTEXT:STEPS[:IMAGE_SHARE[:LEARNING_RATE]], such as 1:10000:0.9:0.02
+    4:5000:0.5:0.01; each starts from the weights that the last one ended with."""
     learning_rate: float | None = None
     """Peak learning rate: of Muon for the matrices (default 0.02), or of AdamW (1e-3)."""
     optimizer: Literal["muon", "adamw"] = "muon"
@@ -64,6 +69,28 @@ class Train:
     """Blocks that a sequence holds; the preset's by default."""
     tail_drop: Literal["uniform", "log-uniform"] = "uniform"
     """How kept lengths are drawn."""
+    loss: Literal["mse", "l1"] = "mse"
+    """Of the reconstruction."""
+    perceptual: Path | None = None
+    """File of LPIPS weights (.safetensors or .npz): adds that loss on a random frame of each
+    sequence."""
+    perceptual_weight: float = 0.1
+    """Of the perceptual loss."""
+    precision: Precision = "float32"
+    """Of the transformers' products and attention; everything else is float32."""
+    mesh: str | None = None
+    """Devices along the axes data, fsdp, tensor and sequence, such as data=2,fsdp=2,sequence=2; by
+    default every device takes a share of each batch."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other, for less memory."""
+    remat: Remat | None = None
+    """What of a layer the backward pass keeps: only its input (layers), attention besides
+    (attention), all products (products) or everything (none). By default as the preset says."""
+    average: float | None = None
+    """Keep an average of the weights with this decay, such as 0.999: it becomes the model."""
+    overfit_one: bool = False
+    """Learn a single batch by heart with all tokens (1000 steps by default) and fail unless its
+    mean squared error falls below 0.001: whether model, data and optimizer work at all."""
     fps: float = 8.0
     """Frames per second that clips are read at."""
     image_share: float = 0.5
@@ -86,6 +113,23 @@ class Train:
     """Go on from the newest checkpoint in the run folder, if there is one."""
     init_from: Path | None = None
     """Model or run folder, or hf:owner/name, to start from instead of random weights."""
+    validation: tuple[Path, ...] = ()
+    """Folders of pictures and clips to measure the model on at every checkpoint; the best one on
+    them becomes the model."""
+    validation_items: int = 32
+    """Use no more than so many pictures, and as many clips, of those folders."""
+    pictures_every: int = 500
+    """Steps between pictures of reconstructions in the run folder; 0 draws none."""
+    threshold: float = 0.01
+    """Mean squared error that the bars of tokens in those pictures, and validation, ask of a
+    block."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes, on plain machines; every process gets the same
+    command but for --process. TPU pods, SLURM and Kubernetes need none of it."""
+    processes: int | None = None
+    """How many there are, with --coordinator."""
+    process: int | None = None
+    """Which one this is, from 0."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also log to these (extras tensorboard and wandb)."""
 
@@ -93,6 +137,50 @@ class Train:
         from ._train import train
 
         train(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Say what a training step needs, on machines that need not be here: memory, products, what
+    devices send to each other, and the least time it takes.
+
+    Compiles the real step for the devices, which takes minutes for a large model, and needs the
+    extra aot for TPUs.
+    """
+
+    preset: Positional[str]
+    """Model: demo, small, elastictok_fsq_200m or elastictok_vae_200m."""
+    topology: str
+    """Devices: v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1 or the like, or cpu:8."""
+    mesh: str | None = None
+    """Devices along the axes data, fsdp, tensor and sequence, such as fsdp=4,sequence=4; by default
+    every device takes a share of each batch."""
+    sequence_length: int | None = None
+    """Tokens in a sequence, a whole number of blocks."""
+    context: int | None = None
+    """The same in blocks; the preset's by default."""
+    batch_size: int | None = None
+    """Sequences per step, of all devices; by default as few as the mesh takes."""
+    precision: Precision = "bfloat16"
+    """Of the transformers' products and attention; everything else is float32."""
+    quantizer: QuantizerName | None = None
+    """Another quantizer than the preset's, in the rest of the same model."""
+    optimizer: Literal["muon", "adamw"] = "adamw"
+    """Muon keeps one average of each matrix, AdamW two of everything."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other, for less memory."""
+    remat: Remat | None = None
+    """What of a layer the backward pass keeps: only its input (layers), attention besides
+    (attention), all products (products) or everything (none). By default as the preset says."""
+    average: bool = False
+    """Keep an average of the weights, too."""
+    json: Path | None = None
+    """File to write the figures to."""
+
+    def run(self) -> None:
+        from ._plan import plan
+
+        plan(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +368,7 @@ COMMANDS = {
     "demo": Demo,
     "data": Data,
     "train": Train,
+    "plan": Plan,
     "import-official": ImportOfficial,
     "encode": Encode,
     "decode": Decode,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 from elastictok.models import ElasticTok, presets
 from elastictok.quantizers import FSQ, LFQ, VQ, AbstractQuantizer, GaussianVAE, Residual
 
-from ._commands import QuantizerName
+from ._commands import QuantizerName, Remat
 
 PRESETS: dict[str, Callable[..., ElasticTok]] = {
     preset.__name__: preset
@@ -50,6 +50,17 @@ def make_model(
     options = {} if quantizer is None else {"quantizer": make_quantizer(quantizer, key=book)}
     model = PRESETS[preset](key=weights, **options)
     return model if context is None else with_context(model, context)
+
+
+def remat_policy(name: Remat) -> Callable[..., bool]:
+    """What the backward pass keeps of each layer, by the name that the command line has for it."""
+    policies = jax.checkpoint_policies
+    return {
+        "layers": policies.nothing_saveable,
+        "attention": policies.save_only_these_names("attention"),
+        "products": policies.dots_with_no_batch_dims_saveable,
+        "none": policies.everything_saveable,
+    }[name]
 
 
 def with_context(model: ElasticTok, context: int) -> ElasticTok:

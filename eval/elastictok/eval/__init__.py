@@ -30,6 +30,7 @@ from ._evaluate import (
     share_settings,
     threshold_settings,
 )
+from ._lpips import LPIPS, VGG16, AbstractFeatures, AlexNet, load_lpips
 from ._metrics import (
     mse,
     mse_per_frame,
@@ -80,7 +81,11 @@ from ._summary import (
 from ._tables import Table, TableRow, format_table
 
 __all__ = [
+    "LPIPS",
+    "VGG16",
     "AbstractBaseline",
+    "AbstractFeatures",
+    "AlexNet",
     "BlockMean",
     "Chart",
     "ClipSection",
@@ -125,6 +130,7 @@ __all__ = [
     "fit_patch_pca",
     "format_table",
     "length_settings",
+    "load_lpips",
     "measure",
     "mse",
     "mse_per_frame",

@@ -8,6 +8,7 @@ if os.environ.get("ELASTICTOK_TYPECHECK") == "1":
     install_import_hook("elastictok.train", "beartype.beartype")
 
 from ._checkpoints import latest_step
+from ._chips import CHIPS, Chip
 from ._devices import CompiledStep
 from ._errors import (
     CheckpointError,
@@ -17,9 +18,11 @@ from ._errors import (
     RunFolderError,
 )
 from ._fit import Stage, default_optimizer, default_quantizer_weight, fit, fit_stages
-from ._losses import L1, MSE, AbstractLoss, mean_over_valid
+from ._losses import L1, MSE, AbstractLoss, Sum, mean_over_valid
 from ._optimizers import Constant, Cosine, adamw, matrices, muon
+from ._perceptual import Perceptual
 from ._pictures import Pictures
+from ._plan import Plan, blocks_of, plan, topology_devices
 from ._sharding import (
     RULES,
     Sharded,
@@ -33,8 +36,10 @@ from ._sharding import (
 )
 from ._step import Average, DeviceBatch, TrainState, init_state, train_step
 from ._trackers import AbstractTracker, TensorBoard, WeightsAndBiases
+from ._validation import Validation
 
 __all__ = [
+    "CHIPS",
     "L1",
     "MSE",
     "RULES",
@@ -42,21 +47,27 @@ __all__ = [
     "AbstractTracker",
     "Average",
     "CheckpointError",
+    "Chip",
     "CompiledStep",
     "Constant",
     "Cosine",
     "DataError",
     "DeviceBatch",
     "NonFiniteError",
+    "Perceptual",
     "Pictures",
+    "Plan",
     "RecompilationError",
     "RunFolderError",
     "Sharded",
     "Stage",
+    "Sum",
     "TensorBoard",
     "TrainState",
+    "Validation",
     "WeightsAndBiases",
     "adamw",
+    "blocks_of",
     "data_mesh",
     "data_share",
     "default_optimizer",
@@ -72,6 +83,8 @@ __all__ = [
     "mean_over_valid",
     "muon",
     "parse_mesh",
+    "plan",
     "shardings",
+    "topology_devices",
     "train_step",
 ]

@@ -41,6 +41,7 @@ class Batches:
         it sees every batch exactly once.
     - `names`: of the documents in the batch handed out last.
     - `seconds_waited`: for batches, in all.
+    - `iterator`: of the data.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Batches:
         self.state = state
         self.names: tuple[str, ...] = ()
         self.seconds_waited = 0.0
-        self._iterator = iterator
+        self.iterator = iterator
         self._place = place
         self._handed_out = 0
         self._first: _Made | None = None
@@ -119,7 +120,7 @@ class Batches:
     def _fill(self) -> None:
         error: Exception | None = None
         try:
-            for batch in self._iterator:
+            for batch in self.iterator:
                 # As text, now: the iterator may go on changing the dictionary that it gave.
                 resumable = self._resumable
                 state = None if resumable is None else json.dumps(resumable.get_state())

@@ -61,23 +61,18 @@ class Checkpoints:
         self._failure: CheckpointError | None = None
 
     def start(self, state: TrainState, loop: dict[str, Any]) -> None:
-        """Copies a state and writes and seals a checkpoint of it in the background.
+        """Copies a state, and writes and seals a checkpoint of it in the background.
 
-        Waits for the one before. What becomes of it, `failed` says.
+        Waits for the one before, and if that failed, does the work of `save`. What becomes of this
+        one, `failed` says.
 
-        **Arguments:** as of `save`.
+        **Arguments, Raises:** as of `save`.
         """
         self.wait()
-        step, items = self._items(state, loop)
-        try:
-            _attempt(lambda: self._begin(step, items), *self._said(step))
-        except CheckpointError as error:
-            self._failure = error
-            return
-        self._writing = threading.Thread(
-            target=self._finish, args=(step,), name="elastictok-checkpoint"
-        )
-        self._writing.start()
+        if self.failed():
+            self.save(state, loop)
+        else:
+            self._start(state, loop)
 
     def save(self, state: TrainState, loop: dict[str, Any]) -> None:
         """Writes and seals a checkpoint; returns when it is on disk.
@@ -89,17 +84,30 @@ class Checkpoints:
 
         **Raises:** `CheckpointError` if it fails again and again.
         """
-        for pause in (*_PAUSES, None):
-            self.start(state, loop)
+        self.wait()
+        for pause in (0.0, *_PAUSES):
+            if self._failure is not None:
+                warnings.warn(f"{self._failure}; trying again", stacklevel=2)
+                time.sleep(pause)
+                self._reopen()
+            self._failure = None
+            self._start(state, loop)
             self.wait()
-            failure, self._failure = self._failure, None
-            if failure is None:
+            if self._failure is None:
                 return
-            if pause is None:
-                raise failure
-            warnings.warn(f"{failure}; trying again", stacklevel=2)
-            time.sleep(pause)
-            self._reopen()
+        raise self._failure
+
+    def _start(self, state: TrainState, loop: dict[str, Any]) -> None:
+        step, items = self._items(state, loop)
+        try:
+            _attempt(lambda: self._begin(step, items), *self._said(step))
+        except CheckpointError as error:
+            self._failure = error
+            return
+        self._writing = threading.Thread(
+            target=self._finish, args=(step,), name="elastictok-checkpoint"
+        )
+        self._writing.start()
 
     def failed(self) -> bool:
         """Whether the last checkpoint that was started could not be written: `save` one now."""
@@ -235,6 +243,7 @@ class Checkpoints:
         return cast(Any, items)[item]
 
     def _reopen(self) -> None:
+        """After a failure: what was not sealed must not count among the newest."""
         self._end()
         if is_first_process():
             for step in _steps(self._folder):

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Key, PyTree
 
-from elastictok.data import Batch, BatchIterator, PackedDataset
+from elastictok.data import Batch, BatchIterator
 from elastictok.models import ElasticTok, Local, UniformDrop, trainable
 
 from ._batches import Batches
@@ -299,7 +299,7 @@ def fit_stages(
                 ),
                 state,
                 batches.peek(),
-                _sizes(stage.data),
+                _sizes(batches.iterator),
                 mesh,
             )
             show.say(f"compiled in {time.perf_counter() - began:.1f} s")
@@ -328,6 +328,7 @@ def fit_stages(
             clock, watch = _Clock(step, batches.seconds_waited, tokens), StepWatch()
             criterion = "running_loss" if validate is None else "validation_loss"
             under_way: Metrics | None = None
+            shown: dict[str, float] = {}
             while step < last and not stopping:
                 started, waited = time.perf_counter(), batches.seconds_waited
                 state, metrics = one_step(state, batches.next())
@@ -359,8 +360,9 @@ def fit_stages(
                         line |= numbers
                         if run is not None and is_first_process():
                             pictures.write(picture, run.path, step)
-                    if line:
-                        show.metrics(step, line)
+                    shown |= line
+                    if logged:
+                        show.metrics(step, shown)
                     if due or again:
                         _refuse_non_finite(state, step)
                     if due and validate is not None:
@@ -500,8 +502,9 @@ def _first_opt_state(optimizer: optax.GradientTransformation, params: PyTree, me
     return jax.jit(init, out_shardings=where)(params)
 
 
-def _sizes(data: Iterable[Batch]) -> tuple[tuple[int, int], ...]:
-    return data.geometry.sizes if isinstance(data, PackedDataset | BatchIterator) else ()
+def _sizes(data: Iterator[Batch]) -> tuple[tuple[int, int], ...]:
+    """Of the frames of all buckets, where the data has such."""
+    return data.geometry.sizes if isinstance(data, BatchIterator) else ()
 
 
 def _tokens(model: ElasticTok, batch: DeviceBatch) -> int:

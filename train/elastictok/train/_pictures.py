@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from elastictok.data import Batch, write_picture
 from elastictok.models import AbstractExecution, ElasticTok
@@ -33,7 +33,7 @@ class Pictures:
     `mse_full` and `mse_quarter` to the metrics, means over the whole batch.
     """
 
-    def __init__(self, batch: Batch, *, every: int = 500, threshold: float = 0.01):
+    def __init__(self, batch: Batch, *, every: int = 500, threshold: float | int = 0.01):
         """**Arguments:**
 
         - `batch`: the examples, of the shape of the training batches; on several processes each
@@ -58,18 +58,20 @@ class Pictures:
         if self._placed is None or self._mesh != mesh:
             self._placed, self._mesh = place(self._batch, mesh), mesh
         probe = _probe(mesh)
+        tokens = model.tokens_per_block(*self._batch.pixels.shape[3:5])
+        least = min(model.min_tokens, tokens)
+        lengths = [max(least, round(share * tokens)) for share in SHARES]
         errors, frames = [], []
-        for share in SHARES:
-            error, shown = jax.device_get(probe(model, self._placed, jnp.float32(share), execution))
+        for length in lengths:
+            error, shown = jax.device_get(probe(model, self._placed, jnp.int32(length), execution))
             errors.append(error)
             frames.append(shown)
         valid = np.asarray(jax.device_get(jax.device_put(self._placed.valid, replicated(mesh))))
         of_all = [float(np.mean(error[valid])) if valid.any() else 0.0 for error in errors]
         metrics = {"mse_full": of_all[0], "mse_quarter": of_all[SHARES.index(0.25)]}
         truth = np.asarray(jax.device_get(_first_frames(mesh)(self._placed.pixels)))
-        picture = _draw(
-            truth, frames[0], frames[SHARES.index(0.25)], np.stack(errors), valid, self._threshold
-        )
+        needed = _needed(np.stack(errors) <= self._threshold, lengths) / tokens
+        picture = _draw((truth, frames[0], frames[SHARES.index(0.25)]), needed, valid)
         return metrics, picture
 
     def write(self, picture: UInt8[np.ndarray, "height width 3"], out: Path, step: int) -> Path:
@@ -87,18 +89,16 @@ def _first_frames(mesh: Mesh):
 
 @functools.cache
 def _probe(mesh: Mesh):
-    """Errors of all blocks and the first frames of the first ones, with a share of the tokens."""
+    """Errors of all blocks and the first frames of the first ones, with so many tokens each."""
 
     @eqx.filter_jit
     def probe(
-        model: ElasticTok, batch: DeviceBatch, share: Float[Array, ""], execution: AbstractExecution
+        model: ElasticTok, batch: DeviceBatch, length: Int[Array, ""], execution: AbstractExecution
     ) -> tuple[Float[Array, "batch blocks"], UInt8[Array, "few some height width 3"]]:
         examples, blocks, frames, height, width, _ = batch.pixels.shape
-        tokens = model.tokens_per_block(height, width)
-        kept = jnp.round(share * tokens).astype(jnp.int32)
         target = batch.pixels.astype(jnp.float32) / 127.5 - 1
         flat = target.reshape(examples, blocks * frames, height, width, 3)
-        lengths = jnp.full((examples, blocks), kept)
+        lengths = jnp.full((examples, blocks), length)
         pixels = jax.vmap(
             lambda x, length, segments, valid: (
                 model(x, length, segments, valid, execution=execution).pixels
@@ -112,23 +112,27 @@ def _probe(mesh: Mesh):
     return probe
 
 
-def _draw(truth, full, quarter, errors, valid, threshold) -> np.ndarray:
-    """One row of columns per example, a column per block."""
-    examples, blocks, height, width, _ = truth.shape
-    cell = 3 * (height + _GAP) + _BAR + 2 * _GAP
+def _needed(met: np.ndarray, lengths: list[int]) -> np.ndarray:
+    """Tokens of the shortest length that meets the threshold, [batch blocks]; infinite if none."""
+    asked = np.array(lengths, np.float64)[:, None, None]
+    return np.where(met, asked, np.inf).min(axis=0)
+
+
+def _draw(rows: tuple[np.ndarray, ...], needed: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """For each example its rows of pictures, a column per block, and below them the bars."""
+    examples, blocks, height, width, _ = rows[0].shape
+    cell = len(rows) * (height + _GAP) + _BAR + 2 * _GAP
     sheet = np.full((examples * cell, blocks * (width + _GAP), 3), _PAPER, np.uint8)
-    met = errors <= threshold  # [shares batch blocks]
     for i in range(examples):
         for b in range(blocks):
             if not valid[i, b]:
                 continue
             top, left = i * cell, b * (width + _GAP)
-            for row, picture in enumerate((truth, full, quarter)):
-                at = top + row * (height + _GAP)
-                sheet[at : at + height, left : left + width] = picture[i, b]
-            enough = [share for share, ok in zip(SHARES, met[:, i, b], strict=True) if ok]
-            bar = sheet[top + 3 * (height + _GAP) :][:_BAR, left : left + width]
+            for row in rows:
+                sheet[top : top + height, left : left + width] = row[i, b]
+                top += height + _GAP
+            bar = sheet[top : top + _BAR, left : left + width]
             bar[:] = _EMPTY
-            filled = max(1, round(_BAR * min(enough, default=1.0)))
-            bar[_BAR - filled :] = _NEEDED if enough else _MISSED
+            filled = max(1, round(_BAR * min(needed[i, b], 1.0)))
+            bar[_BAR - filled :] = _NEEDED if needed[i, b] <= 1 else _MISSED
     return sheet

@@ -118,10 +118,27 @@ def display(*, progress: bool, start: int, steps: int) -> AbstractDisplay:
 
 
 def describe(step: int, steps: int, metrics: Mapping[str, float]) -> str:
-    """Loss, PSNR, speed and time left in one line."""
+    """Loss, errors at fixed lengths if they are known, speed and time left in one line."""
     rate = metrics["steps_per_second"]
     left = int((steps - step) / rate) if rate > 0 else 0
-    return (
-        f"loss {metrics['loss']:.4f}  PSNR {metrics['psnr']:.1f} dB  {rate:.3g} steps/s  "
-        f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-    )
+    parts = [f"loss {metrics['loss']:.4f}"]
+    if "mse_full" in metrics:
+        parts.append(
+            f"MSE {_short(metrics['mse_full'])} full, {_short(metrics['mse_quarter'])} quarter"
+        )
+    else:
+        parts.append(f"PSNR {metrics['psnr']:.1f} dB")
+    parts += [
+        f"{_thousands(metrics['tokens_per_second'])} tokens/s",
+        f"{metrics['waiting_for_data']:.0%} waiting for data",
+        f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+    ]
+    return "  ".join(parts)
+
+
+def _short(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.001 else f"{value:.1e}"
+
+
+def _thousands(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value / 1000:.3g}k"

@@ -11,7 +11,7 @@
 import fnmatch
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -254,7 +254,7 @@ def _rows(mesh: Mesh) -> dict[int, tuple[int, int]]:
     return {process: (min(rows), max(rows) + 1) for process, rows in places.items()}
 
 
-def parse_mesh(text: str) -> Mapping[str, int]:
+def parse_mesh(text: str) -> dict[str, int]:
     """The axes in `data=2,fsdp=4`.
 
     **Raises:** `ValueError` saying how it is written.
