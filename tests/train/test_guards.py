@@ -105,7 +105,7 @@ def test_a_slow_step_is_reported_with_where_the_time_went():
     said = watch.add(41, data=0.9, compute=0.05, saving=0.05)
     assert said == (
         "step 41 took 1 s, 20 times the median: 0.9 s waiting for data, 0.05 s computing, "
-        "0.05 s for validation, pictures and checkpoints"
+        "0.05 s saving a checkpoint"
     )
     quick = StepWatch()
     for step in range(1, 40):

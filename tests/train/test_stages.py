@@ -8,7 +8,16 @@ import pytest
 from tiny_training import Counted, tiny_model
 
 from elastictok.models import load
-from elastictok.train import Stage, _devices, adamw, data_mesh, fit, fit_stages, latest_step
+from elastictok.train import (
+    Average,
+    Stage,
+    _devices,
+    adamw,
+    data_mesh,
+    fit,
+    fit_stages,
+    latest_step,
+)
 
 ONE_DEVICE = data_mesh(jax.local_devices()[:1])
 FIXED = {"quantizer_weight": 0.5, "mesh": ONE_DEVICE, "progress": False, "log_every": 1}
@@ -110,6 +119,15 @@ def test_resuming_in_any_stage_gives_the_whole_run(whole, tmp_path, stop):
     resumed = fit_stages(other, stages(), out=where, save_every=1, resume=True, **FIXED)
     assert equal(resumed, model)
     assert losses(where) == losses(out)
+
+
+def test_the_average_goes_on_from_stage_to_stage():
+    found = fit_stages(tiny_model(), stages()[:2], average=Average(0.5), **FIXED)
+    plain = fit_stages(tiny_model(), stages()[:2], **FIXED)
+    assert found.context == 2
+    assert not equal(found, plain)
+    last = fit_stages(tiny_model(), stages()[:2], average=Average(0.0), **FIXED)
+    assert equal(last, plain)
 
 
 def test_stages_that_are_none():

@@ -95,7 +95,9 @@ class Checkpoints:
             self.wait()
             if self._failure is None:
                 return
-        raise self._failure
+        failure, self._failure = self._failure, None
+        assert failure is not None  # else the loop would have returned
+        raise failure
 
     def _start(self, state: TrainState, loop: dict[str, Any]) -> None:
         step, items = self._items(state, loop)

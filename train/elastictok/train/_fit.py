@@ -339,7 +339,7 @@ def fit_stages(
                 under_way = metrics
                 meter.add(step, metrics, batches.names)
                 show.step(step)
-                computed = time.perf_counter()
+                computed, saving = time.perf_counter(), 0.0
 
                 # A line of metrics, then the best model, then the checkpoint: after a crash in
                 # between, the run resumes from the checkpoint before and does all of it again.
@@ -377,15 +377,16 @@ def fit_stages(
                         if due and score <= best.get(criterion, math.inf):
                             best = {criterion: score}
                             run.save_model(gather(state.averaged(), mesh))
+                        writing = time.perf_counter()
                         keep = run.checkpoints.save if again else run.checkpoints.start
                         keep(state, _loop_state(batches, meter, best, mesh))
-                        saved = step
+                        saved, saving = step, time.perf_counter() - writing
                     clock.skip(time.perf_counter() - pause)
                 said = watch.add(
                     step,
                     data=batches.seconds_waited - waited,
                     compute=computed - started - (batches.seconds_waited - waited),
-                    saving=time.perf_counter() - computed,
+                    saving=saving,
                 )
                 if said is not None:
                     show.say(said)
@@ -463,7 +464,8 @@ def _of_stage(tree: _HasModel, stage: Stage) -> _HasModel:
     if stage.context is None:
         return tree
     if isinstance(tree, TrainState):
-        return dataclasses.replace(tree, model=_of_stage(tree.model, stage))
+        average = None if tree.average is None else _of_stage(tree.average, stage)
+        return dataclasses.replace(tree, model=_of_stage(tree.model, stage), average=average)
     return dataclasses.replace(tree, context=stage.context)
 
 

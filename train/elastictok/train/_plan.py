@@ -139,7 +139,7 @@ class Plan:
     - `flops`: that the busiest device carries out: recomputation, and waiting for the last part of
         a sequence, which sees the most, included.
     - `traffic`: bytes to and from the memory: an estimate.
-    - `sent`: bytes to other devices by kind of collective.
+    - `sent`: bytes to other devices by kind of collective and the mesh axes that it goes along.
     - `kernels`: calls of kernels for attention in the program's text; `endless` loops in it whose
         rounds nobody knows before it runs, and that are counted once.
     - `refused`: what the compiler said instead of compiling; then all that only it knows is None.
@@ -196,7 +196,7 @@ class Plan:
     @property
     def link_seconds(self) -> float | None:
         """Of what is sent to others, over all of a chip's links at once."""
-        sent = None if self.sent is None else sum(self.sent.values())
+        sent = None if self.sent is None else sum(self.sent.values(), 0.0)
         return self._seconds(sent, "link_bytes_per_second")
 
     @property
@@ -251,7 +251,7 @@ class Plan:
         )
 
     def _memory_table(self) -> Table:
-        def row(name: str, size: float | None) -> TableRow:
+        def row(name: str, size: float | int | None) -> TableRow:
             share = "" if not self.memory or size is None else f"{100 * size / self.memory:.1f} %"
             return TableRow((name, "-" if size is None else f"{size / 1e9:.3f}", share))
 
@@ -276,7 +276,7 @@ class Plan:
     def _time_table(self) -> Table:
         def row(name: str, amount: float, unit: str, seconds: float | None) -> TableRow:
             said = "-" if seconds is None else f"{seconds:.3g}"
-            return TableRow((name, f"{amount:.3g} {unit}", said))
+            return TableRow((name, f"{_number(amount)} {unit}", said))
 
         assert self.flops is not None
         assert self.traffic is not None
@@ -285,7 +285,10 @@ class Plan:
             row("products", self.flops / 1e12, "Tflop", self.compute_seconds),
             row("to and from memory", self.traffic / 1e9, "GB", self.memory_seconds),
             row("sent to others", sum(self.sent.values()) / 1e9, "GB", self.link_seconds),
-            *(row(f"  {kind}", size / 1e9, "GB", None) for kind, size in self.sent.items()),
+            *(
+                TableRow((f"  {name}", f"{_number(size / 1e9)} GB", ""))
+                for name, size in self.sent.items()
+            ),
         ]
         note = (
             "Products are the busiest device's, with what is computed again; traffic to and from "
@@ -303,7 +306,7 @@ class Plan:
         return Table("A step of a device", ("", "amount", "seconds"), tuple(rows), note)
 
     def _verdict(self) -> str:
-        lines = [f"The model needs {self.model_flops / 1e12:,.4g} Tflop for a step."]
+        lines = [f"The model needs {_number(self.model_flops / 1e12)} Tflop for a step."]
         if self.seconds is not None and self.mfu is not None:
             rate = self.batch_size * self.tokens / self.seconds
             lines.append(
@@ -322,6 +325,10 @@ class Plan:
                 "or more of --accumulate, or --remat layers."
             )
         return "\n".join(lines)
+
+
+def _number(value: float | int) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def plan(
@@ -405,7 +412,7 @@ def plan(
         known |= {
             "flops": program.flops + sum(share * k.flops * k.times for k in program.kernels),
             "traffic": program.traffic + share * _read_again(program, model, device.device_kind),
-            "sent": program.sent_by_kind(),
+            "sent": _sent(program, mesh),
             "kernels": len(program.kernels),
             "endless": program.endless,
         }
@@ -486,6 +493,14 @@ def _bytes_here(tree: PyTree) -> int:
         for leaf in _shapes(tree)
         if leaf.sharding is not None
     )
+
+
+def _sent(program: Program, mesh: Mesh) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for each in program.collectives:
+        name = f"{each.kind} over {' x '.join(each.axes(mesh.shape))}"
+        found[name] = found.get(name, 0.0) + each.sent
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _memory(compiled: jax.stages.Compiled, platform: str) -> dict[str, int]:

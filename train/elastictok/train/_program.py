@@ -125,13 +125,6 @@ class Program:
         """Bytes that a device sends to others."""
         return sum(each.sent for each in self.collectives)
 
-    def sent_by_kind(self) -> dict[str, float]:
-        """The same for each kind of collective, the largest first."""
-        kinds: dict[str, float] = {}
-        for each in self.collectives:
-            kinds[each.kind] = kinds.get(each.kind, 0.0) + each.sent
-        return dict(sorted(kinds.items(), key=lambda item: -item[1]))
-
 
 def read_program(text: str) -> Program:
     """Reads the text of an optimised program, `jax.stages.Compiled.as_text()`.

@@ -121,7 +121,7 @@ def describe(step: int, steps: int, metrics: Mapping[str, float]) -> str:
     """Loss, errors at fixed lengths if they are known, speed and time left in one line."""
     rate = metrics["steps_per_second"]
     left = int((steps - step) / rate) if rate > 0 else 0
-    parts = [f"loss {metrics['loss']:.4f}"]
+    parts = [f"loss {_short(metrics['loss'])}"]
     if "mse_full" in metrics:
         parts.append(
             f"MSE {_short(metrics['mse_full'])} full, {_short(metrics['mse_quarter'])} quarter"
@@ -137,7 +137,7 @@ def describe(step: int, steps: int, metrics: Mapping[str, float]) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.4f}" if value >= 0.001 else f"{value:.1e}"
+    return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
 
 
 def _thousands(value: float) -> str:

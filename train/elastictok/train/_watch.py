@@ -22,7 +22,8 @@ class StepWatch:
 
         - `data`: waiting for its batch.
         - `compute`: the step itself, on the devices and in Python.
-        - `saving`: metrics, validation, pictures and checkpoints behind it.
+        - `saving`: the checkpoint behind it, and waiting for the one before. What validation and
+            pictures take is not a surprise, and not counted.
         """
         total = data + compute + saving
         median = statistics.median(self._seconds) if len(self._seconds) >= _LEAST else None
@@ -31,6 +32,6 @@ class StepWatch:
             return None
         return (
             f"step {step} took {total:.3g} s, {total / max(median, 1e-9):.0f} times the median: "
-            f"{data:.3g} s waiting for data, {compute:.3g} s computing, {saving:.3g} s for "
-            "validation, pictures and checkpoints"
+            f"{data:.3g} s waiting for data, {compute:.3g} s computing, {saving:.3g} s saving a "
+            "checkpoint"
         )
