@@ -84,9 +84,17 @@ def run(blocks: int, batch: int, dense: bool) -> dict[str, float]:
     import jax.numpy as jnp
 
     from elastictok.attention import Reference
-    from elastictok.models import Local, Patching, RankRotary, Raster, UniformDrop, presets
+    from elastictok.models import Patching, RankRotary, Raster, UniformDrop, presets
     from elastictok.quantizers import FSQ
-    from elastictok.train import MSE, CompiledStep, DeviceBatch, adamw, init_state, train_step
+    from elastictok.train import (
+        MSE,
+        CompiledStep,
+        DeviceBatch,
+        OneDevice,
+        adamw,
+        init_state,
+        train_step,
+    )
 
     model = presets.build(
         size=(128, 128),
@@ -108,7 +116,7 @@ def run(blocks: int, batch: int, dense: bool) -> dict[str, float]:
     pixels = jax.random.randint(jax.random.key(1), (batch, blocks, 1, 128, 128, 3), 0, 256)
     ones = jnp.ones((batch, blocks), jnp.int32)
     frames = DeviceBatch(pixels.astype(jnp.uint8), ones, ones > 0)
-    execution = Local(implementation=Reference()) if dense else Local()
+    execution = OneDevice(implementation=Reference() if dense else None)
 
     def forward(model: Any, frames: DeviceBatch) -> Any:
         x = frames.pixels.reshape(batch, blocks, 128, 128, 3) / 127.5 - 1

@@ -16,10 +16,11 @@ import optax
 from tiny_training import Counted, quantizers, tiny_model
 
 from elastictok.data import Batch
-from elastictok.models import Local, UniformDrop
+from elastictok.models import UniformDrop
 from elastictok.train import (
     MSE,
     CompiledStep,
+    OneDevice,
     Sharded,
     adamw,
     data_share,
@@ -70,7 +71,7 @@ def run(quantizer: str, axes: str, *, accumulate: int = 1, remat=None) -> dict:
     count = int(np.prod(list(sizes.values())))
     devices = jax.devices()[:count]
     mesh = make_mesh(**sizes, devices=devices)
-    execution = Local(remat=remat) if mesh.size == 1 else Sharded(mesh=mesh, remat=remat)
+    execution = OneDevice(remat=remat) if mesh.size == 1 else Sharded(mesh=mesh, remat=remat)
     optimizer = optax.chain(remember(), adamw(3e-3, weight_decay=0.1))
     model = tiny_model(quantizers()[quantizer], heads=8, dim=32, context=4)
     state = _placed_state(model, optimizer, jax.random.key(0), mesh, None)

@@ -86,7 +86,7 @@ def test_what_saves_memory_is_planned_for(planned):
     """Parts, one after the other, and layers that are computed again."""
     parts = plan(shapes(), one_device(), batch_size=6, optimizer=OPTIMIZER, accumulate=3)
     assert parts.temporaries < 0.9 * planned.temporaries
-    assert parts.flops == planned.flops
+    assert parts.flops == pytest.approx(planned.flops, rel=0.01)
     policy = jax.checkpoint_policies.nothing_saveable
     again = plan(shapes(), one_device(), batch_size=6, optimizer=OPTIMIZER, remat=policy)
     assert again.flops > 1.1 * planned.flops
@@ -242,6 +242,8 @@ def test_the_table_adds_up():
     assert rows["total"] == ["7.000", "41.4", "%"]
     assert "8 x TPU v5 lite: data 8" in text
     assert "all-gather over data" in text
+    sent = {"all-gather over data": 1e9, "all-reduce over data": 1e5}
+    assert "all-reduce" not in str(on_a_chip("v5e", sent=sent))
     assert "counted once" not in text
     assert "4 loops" in str(on_a_chip("v5e", endless=4))
     assert "several times" in str(on_a_chip("v5e", dtype="float32"))

@@ -101,6 +101,18 @@ def test_the_200m_model_on_sequences_of_262144_tokens():
     assert 0.2 < found.mfu < 0.5
 
 
+def test_a_device_alone_sends_nothing():
+    model = eqx.filter_eval_shape(lambda: presets.demo(key=jax.random.key(0)))
+    mesh = make_mesh(devices=topology_devices("v6e:2x2")[:1])
+    found = plan(model, mesh, optimizer=adamw(1e-3), accumulate=2)
+    assert found.batch_size == 2
+    assert found.kernels == 2 * 3  # nothing is computed again
+    assert found.sent == {}
+    assert found.fits
+    assert found.link_seconds == 0
+    assert 0 < found.mfu < 1
+
+
 def test_what_does_not_fit_says_what_the_compiler_says():
     """Its parameters alone are too many, which is found before anything else is compiled."""
     model = eqx.filter_eval_shape(wide)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from elastictok.attention import AbstractBackend
@@ -29,6 +30,12 @@ class AbstractExecution(eqx.Module):
     @abc.abstractmethod
     def backend(self) -> AbstractBackend | None:
         """That computes attention; None for the best one that can run the call."""
+
+    def product(
+        self, x: Float[Array, "tokens in_dim"], weight: Float[Array, "in_dim out_dim"]
+    ) -> Float[Array, "tokens out_dim"]:
+        """Tokens times one of a layer's matrices, accumulated and returned in float32."""
+        return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
 
     @abc.abstractmethod
     def stream(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens dim"]:

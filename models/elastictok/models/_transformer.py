@@ -25,10 +25,12 @@ class Linear(eqx.Module):
     def __init__(self, in_dim: int, out_dim: int, *, std: float, key: Key[Array, ""]):
         self.weight = std * jax.random.normal(key, (in_dim, out_dim))
 
-    def __call__(self, x: Float[Array, "tokens in_dim"]) -> Float[Array, "tokens out_dim"]:
+    def __call__(
+        self, x: Float[Array, "tokens in_dim"], execution: AbstractExecution = LOCAL
+    ) -> Float[Array, "tokens out_dim"]:
         # Accumulated and returned in float32: what comes next rounds once more, or adds it to the
         # residual stream as it is.
-        return jnp.matmul(x, self.weight.astype(x.dtype), preferred_element_type=jnp.float32)
+        return execution.product(x, self.weight)
 
 
 class RMSNorm(eqx.Module):
@@ -92,8 +94,11 @@ class SwiGLU(eqx.Module):
         self.up = Linear(dim, hidden, std=std, key=u)
         self.down = Linear(hidden, dim, std=std, key=d)
 
-    def __call__(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens dim"]:
-        return self.down((jax.nn.silu(self.gate(x)) * self.up(x)).astype(x.dtype))
+    def __call__(
+        self, x: Float[Array, "tokens dim"], execution: AbstractExecution = LOCAL
+    ) -> Float[Array, "tokens dim"]:
+        gated = jax.nn.silu(self.gate(x, execution)) * self.up(x, execution)
+        return self.down(gated.astype(x.dtype), execution)
 
 
 class Layer(eqx.Module):
@@ -199,9 +204,9 @@ class Transformer(eqx.Module):
 
         def step(x, layer):
             layer = execution.weights(layer)
-            q, k, v = self._project(layer, x, cos, sin)
+            q, k, v = self._project(layer, x, cos, sin, execution)
             out = attention(q, k, v, mask, implementation=execution.backend())
-            return execution.stream(self._finish(layer, x, out)), None
+            return execution.stream(self._finish(layer, x, out, execution)), None
 
         if self.remat or execution.remat is not None:
             step = jax.checkpoint(step, policy=execution.remat)
@@ -238,19 +243,23 @@ class Transformer(eqx.Module):
         x, (keys, values) = jax.lax.scan(step, x, (self.layers, cache.keys, cache.values))
         return x, KVCache(keys, values, cache.count + 1)
 
-    def _project(self, layer: Layer, x, cos, sin):
+    def _project(
+        self, layer: Layer, x, cos, sin, execution: AbstractExecution = LOCAL
+    ) -> tuple[Array, Array, Array]:
         own = layer.attention
         h = layer.attention_norm(x).astype(self.dtype)
         split = (x.shape[0], own.heads, self.head_dim)
-        q, k, v = (part(h).reshape(split) for part in (own.query, own.key, own.value))
+        q, k, v = (part(h, execution).reshape(split) for part in (own.query, own.key, own.value))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
 
-    def _finish(self, layer: Layer, x, attended):
+    def _finish(
+        self, layer: Layer, x, attended, execution: AbstractExecution = LOCAL
+    ) -> Float[Array, "tokens dim"]:
         attended = attended.reshape(x.shape).astype(self.dtype)
-        x = x + layer.attention.out(attended)
+        x = x + layer.attention.out(attended, execution)
         h = layer.feed_forward_norm(x).astype(self.dtype)
-        return x + layer.feed_forward(h)
+        return x + layer.feed_forward(h, execution)
 
 
 def count_parameters(module: eqx.Module) -> int:

@@ -25,6 +25,7 @@ from ._pictures import Pictures
 from ._plan import Plan, blocks_of, plan, topology_devices
 from ._sharding import (
     RULES,
+    OneDevice,
     Sharded,
     data_mesh,
     data_share,
@@ -54,6 +55,7 @@ __all__ = [
     "DataError",
     "DeviceBatch",
     "NonFiniteError",
+    "OneDevice",
     "Perceptual",
     "Pictures",
     "Plan",

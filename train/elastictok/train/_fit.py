@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Key, PyTree
 
 from elastictok.data import Batch, BatchIterator
-from elastictok.models import ElasticTok, Local, UniformDrop, trainable
+from elastictok.models import ElasticTok, UniformDrop, trainable
 
 from ._batches import Batches
 from ._checkpoints import Checkpoints, latest_step
@@ -35,6 +35,7 @@ from ._processes import any_process, is_first_process, of_all_processes
 from ._progress import display
 from ._sharding import (
     AXES,
+    OneDevice,
     Sharded,
     data_mesh,
     data_share,
@@ -224,7 +225,7 @@ def fit_stages(
             f"the mesh has the axes {', '.join(mesh.axis_names)}; make it by make_mesh, with "
             f"{', '.join(AXES)}"
         )
-    execution = Local(remat=remat) if mesh.size == 1 else Sharded(mesh=mesh, remat=remat)
+    execution = OneDevice(remat=remat) if mesh.size == 1 else Sharded(mesh=mesh, remat=remat)
     if quantizer_weight is None:
         quantizer_weight = default_quantizer_weight(model)
     ends = list(itertools.accumulate(stage.steps for stage in stages))

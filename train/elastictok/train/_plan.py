@@ -281,13 +281,15 @@ class Plan:
         assert self.flops is not None
         assert self.traffic is not None
         assert self.sent is not None
+        sent = sum(self.sent.values(), 0.0)
         rows = [
             row("products", self.flops / 1e12, "Tflop", self.compute_seconds),
             row("to and from memory", self.traffic / 1e9, "GB", self.memory_seconds),
-            row("sent to others", sum(self.sent.values()) / 1e9, "GB", self.link_seconds),
+            row("sent to others", sent / 1e9, "GB", self.link_seconds),
             *(
                 TableRow((f"  {name}", f"{_number(size / 1e9)} GB", ""))
                 for name, size in self.sent.items()
+                if size >= 0.001 * sent
             ),
         ]
         note = (

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from elastictok.attention import AbstractBackend, AbstractTiled, Ring
-from elastictok.models import AbstractExecution
+from elastictok.models import LOCAL, AbstractExecution
 
 # Outermost first: neighbouring devices, whose links are the fastest, share an example's products.
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -220,6 +220,50 @@ class Sharded(AbstractExecution):
 
     def _constrain(self, x: Array, spec: PartitionSpec) -> Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+@jax.custom_batching.custom_vmap
+def _together(x: Array, weight: Array) -> Array:
+    return LOCAL.product(x, weight)
+
+
+@_together.def_vmap
+def _(size: int, batched: list[bool], x: Array, weight: Array) -> tuple[Array, bool]:
+    if batched == [True, False]:
+        rows = x.reshape(-1, x.shape[-1])
+        return LOCAL.product(rows, weight).reshape(*x.shape[:-1], -1), True
+    axes = tuple(0 if each else None for each in batched)
+    return jax.vmap(LOCAL.product, in_axes=axes)(x, weight), True
+
+
+class OneDevice(AbstractExecution):
+    """A forward pass of a batch on one device: the tokens of all examples in one product.
+
+    The gradient of a matrix is then one product of two matrices as well. As a sum over a batch,
+    compilers for CPUs turn one of the two around first, which costs as much as the product. Only
+    for the gradient of a batch, as in `jax.grad` of a `jax.vmap`.
+
+    - `remat`: see `elastictok.models.AbstractExecution`.
+    - `implementation`: of attention; None takes the best backend that can run the call.
+    """
+
+    remat: Callable[..., Any] | None = eqx.field(static=True, default=None)
+    implementation: AbstractBackend | None = eqx.field(static=True, default=None)
+    batch_axes: tuple[str, ...] | None = eqx.field(static=True, default=None)
+
+    def backend(self) -> AbstractBackend | None:
+        return self.implementation
+
+    def product(
+        self, x: Float[Array, "tokens in_dim"], weight: Float[Array, "in_dim out_dim"]
+    ) -> Float[Array, "tokens out_dim"]:
+        return _together(x, weight)
+
+    def stream(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens dim"]:
+        return x
+
+    def weights(self, layer: Tree) -> Tree:
+        return layer
 
 
 def data_share(mesh: Mesh) -> tuple[int, int]:
