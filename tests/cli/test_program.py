@@ -26,6 +26,7 @@ from elastictok.models import load
         ("data", "build"),
         ("data", "show"),
         ("train",),
+        ("plan",),
         ("import-official",),
         ("encode",),
         ("decode",),

@@ -99,16 +99,14 @@ def train(command: Train) -> None:
     """Trains what the command asks for, and says at the end what was read and skipped."""
     join_processes(command.coordinator, command.processes, command.process)
     settings = _settings(command)
+    if command.overfit_one and (command.resume or command.stages):
+        raise ValueError("--overfit-one is a quick trial; leave out --resume and --stages")
     if command.resume:
         _check_unchanged(command.out, settings)
     axes = {"data": jax.device_count()} if command.mesh is None else parse_mesh(command.mesh)
     mesh = make_mesh(**axes, devices=jax.devices())
     model = _start(command, mesh)
     parts = _parts(command)
-    if jax.process_index() == 0:
-        command.out.mkdir(parents=True, exist_ok=True)
-        if command.resume or not (command.out / SETTINGS).exists():
-            _write(command.out / SETTINGS, settings)
     datasets = [_Read(_dataset(command, model, part, mesh)) for part in parts]
     pictures = _pictures(command, model, parts[0], mesh)
     shared: dict[str, Any] = {
@@ -126,6 +124,10 @@ def train(command: Train) -> None:
         "average": None if command.average is None else Average(command.average),
         "remat": None if command.remat is None else remat_policy(command.remat),
     }
+    if jax.process_index() == 0:
+        command.out.mkdir(parents=True, exist_ok=True)
+        if command.resume or not (command.out / SETTINGS).exists():
+            _write(command.out / SETTINGS, settings)
     if command.overfit_one:
         _overfit_one(command, model, datasets[0], parts[0], shared)
         return
@@ -206,6 +208,11 @@ def _dataset(
     workers: int | None = None,
 ) -> PackedDataset:
     share = data_share(mesh)
+    if command.accumulate < 1 or command.batch_size % command.accumulate:
+        raise ValueError(
+            f"--batch-size is {command.batch_size} and cannot be computed in {command.accumulate} "
+            "parts; choose a multiple, or accumulate less"
+        )
     if command.batch_size % share[1]:
         raise ValueError(
             f"--batch-size is {command.batch_size} and {share[1]} processes read data; choose a "
@@ -245,8 +252,6 @@ def _overfit_one(
     command: Train, model: ElasticTok, dataset: _Read, part: _Part, shared: dict[str, Any]
 ) -> None:
     """One batch again and again; says whether it was learnt."""
-    if command.resume or command.stages:
-        raise ValueError("--overfit-one is a quick trial; leave out --resume and --stages")
     with iter(dataset) as batches:
         batch = next(batches)
     probe = Pictures(batch, every=max(1, part.steps // 5), threshold=command.threshold)
