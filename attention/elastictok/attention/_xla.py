@@ -20,9 +20,6 @@ from elastictok.attention._masks import AbstractMask
 from elastictok.attention._tile_sizes import TileKey, TileSizes, XLATileSizes, chip_here, tile_sizes
 from elastictok.attention._tiled import UNSEEN, AbstractTiled, Sight, hull
 
-_SMALLEST = 128  # queries in a tile
-
-
 class XLA(AbstractTiled):
     """Tiled attention for any device, with linear memory and its own gradient.
 
@@ -154,20 +151,9 @@ class XLA(AbstractTiled):
         if self.tiles is not None:
             return self.tiles
         key = TileKey("xla", chip_here(), q.dtype.name, q.shape[-1], mask.granularity())
-        entry = tile_sizes(key)
-        assert isinstance(entry.tiles, XLATileSizes)
-        if entry.tuned is not None or key.block == 1:
-            return entry.tiles
-        # Of a short sequence a large tile is mostly hidden: a few blocks cost up to 1.3 times as
-        # much with one as with tiles of a block.
-        most = max(key.block, q.shape[1] // 4, _SMALLEST)
-        return XLATileSizes(
-            *(_at_most(x, most) for x in (entry.tiles.forward, entry.tiles.backward))
-        )
-
-
-def _at_most(tiles: TileSizes, queries: int) -> TileSizes:
-    return TileSizes(min(tiles.queries, queries), tiles.keys)
+        tiles = tile_sizes(key).tiles
+        assert isinstance(tiles, XLATileSizes)
+        return tiles
 
 
 def _grouped(x: Array, kv_heads: int) -> Array:
