@@ -31,7 +31,7 @@ RESULT = Path(__file__).parent / "results" / "train.md"
 PACKAGES = ("elastictok", "jax", "jaxlib", "equinox", "optax", "numpy")
 WIDTH, HIDDEN, LAYERS, HEADS, TOKENS = 256, 512, 4, 4, 256
 TASKS = {"4": (4, 4, False), "16": (16, 1, False), "16 dense": (16, 1, True)}
-REPEATS = 7
+REPEATS = 5
 
 
 def main() -> None:
