@@ -38,7 +38,7 @@ def test_the_demo_reaches_what_it_promises(tmp_path, run_program):
 
     pictures = json.loads((out / "evaluation.json").read_text())["evaluations"][0]
     mse = {row["name"]: row["summary"]["mse"] for row in pictures["rows"]}
-    # 0.69 to 0.79 with other seeds, and with the same one when a product is summed in another order.
+    # 0.69 to 0.79 with other seeds, and with the same one when products are summed otherwise.
     assert mse["64 tokens"] <= 0.85 * mse["8x8 block mean"]
     assert mse["16 tokens"] <= 1.1 * mse["16x16 block mean"]
     lengths = [mse[f"{n} tokens"] for n in (4, 8, 16, 32, 48, 64)]

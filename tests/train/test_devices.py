@@ -15,15 +15,15 @@ HERE = Path(__file__).parent
 
 
 # Compiling a step takes seconds, and here everything is compiled twice.
-PLAIN = ["LFQ", "Residual"]
-HEAVY = sorted(set(quantizers()) - set(PLAIN))
+pytestmark = pytest.mark.heavy
+NAMES = sorted(quantizers())
 
 
 @functools.cache
-def runs(*names):
+def runs():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, HERE / "on_devices.py", *names],
+        [sys.executable, HERE / "on_devices.py", *NAMES],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -40,16 +40,10 @@ def check(one, eight):
     assert len(set(one["losses"])) == 3
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", NAMES)
 def test_one_and_eight_devices_give_the_same_run(name):
-    check(*runs(*PLAIN)["results"][name])
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("name", HEAVY)
-def test_so_they_do_for_the_other_quantizers(name):
-    check(*runs(*HEAVY)["results"][name])
+    check(*runs()["results"][name])
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
-    assert "a batch of 12 examples cannot be split over 8 devices" in runs(*PLAIN)["refused"]
+    assert "a batch of 12 examples cannot be split over 8 devices" in runs()["refused"]

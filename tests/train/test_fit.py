@@ -86,7 +86,9 @@ class Interrupting(Counted):
         return Iterator(self)
 
 
-@pytest.mark.parametrize("name", ["GaussianVAE", "Residual"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("GaussianVAE", marks=pytest.mark.heavy), "Residual"]
+)
 def test_a_resumed_run_is_the_whole_run(tmp_path, name):
     model = tiny_model(quantizers()[name])
     every = {"save_every": 4, "log_every": 3}

@@ -14,6 +14,7 @@ import pytest
 from elastictok.models import load
 from elastictok.train import latest_step
 
+pytestmark = pytest.mark.heavy
 HERE = Path(__file__).parent
 
 
@@ -69,7 +70,6 @@ def test_from_one_device_to_eight(half, tmp_path):
     check(found, whole)
 
 
-@pytest.mark.heavy
 def test_from_eight_devices_to_others_and_back_to_one(half, tmp_path):
     _, whole = half
     out = tmp_path / "run"
@@ -79,7 +79,6 @@ def test_from_eight_devices_to_others_and_back_to_one(half, tmp_path):
     check(found, whole)
 
 
-@pytest.mark.heavy
 def test_two_processes_save_and_resume_bit_for_bit(half, tmp_path):
     """Stopped by a signal that only one of them gets; then from two processes to one."""
     _, whole = half

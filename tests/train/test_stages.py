@@ -87,7 +87,9 @@ def test_a_stage_starts_from_the_weights_of_the_last(whole):
     assert losses(found)[3] == pytest.approx(losses(out)[3], rel=1e-6)
 
 
-@pytest.mark.parametrize("stop", [2, 3, 5, 7])
+@pytest.mark.parametrize(
+    "stop", [3, 5, *(pytest.param(step, marks=pytest.mark.heavy) for step in (2, 7))]
+)
 def test_resuming_in_any_stage_gives_the_whole_run(whole, tmp_path, stop):
     """Stopped inside of a stage and exactly between two."""
     out, model, _ = whole
@@ -121,6 +123,7 @@ def test_resuming_in_any_stage_gives_the_whole_run(whole, tmp_path, stop):
     assert losses(where) == losses(out)
 
 
+@pytest.mark.heavy
 def test_the_average_goes_on_from_stage_to_stage():
     found = fit_stages(tiny_model(), stages()[:2], average=Average(0.5), **FIXED)
     plain = fit_stages(tiny_model(), stages()[:2], **FIXED)
