@@ -86,9 +86,7 @@ class Interrupting(Counted):
         return Iterator(self)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("GaussianVAE", marks=pytest.mark.heavy), "Residual"]
-)
+@pytest.mark.parametrize("name", [pytest.param("GaussianVAE", marks=pytest.mark.heavy), "Residual"])
 def test_a_resumed_run_is_the_whole_run(tmp_path, name):
     model = tiny_model(quantizers()[name])
     every = {"save_every": 4, "log_every": 3}

@@ -20,6 +20,7 @@ from elastictok.attention._masks import AbstractMask
 from elastictok.attention._tile_sizes import TileKey, TileSizes, XLATileSizes, chip_here, tile_sizes
 from elastictok.attention._tiled import UNSEEN, AbstractTiled, Sight, hull
 
+
 class XLA(AbstractTiled):
     """Tiled attention for any device, with linear memory and its own gradient.
 
