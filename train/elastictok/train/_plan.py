@@ -39,7 +39,7 @@ from ._devices import CompiledStep
 from ._fit import default_optimizer, default_quantizer_weight
 from ._losses import MSE
 from ._program import Program, read_program
-from ._sharding import Sharded, pixels_spec, shardings
+from ._sharding import OneDevice, Sharded, pixels_spec, shardings
 from ._step import (
     Average,
     DeviceBatch,
@@ -448,7 +448,7 @@ def _execution(
 ) -> AbstractExecution:
     """As of `fit`, with the kernels that it would take on those devices."""
     if mesh.size == 1:
-        return Local(implementation=inner, remat=remat)
+        return OneDevice(implementation=inner, remat=remat)
     return Sharded(mesh=mesh, remat=remat, inner=inner)
 
 
