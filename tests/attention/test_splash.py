@@ -71,7 +71,11 @@ def with_gradient(run, qkv, d_out, q_ids, k_ids):
 
 @pytest.mark.parametrize(
     ("queries", "keys", "block", "offset"),
-    [(384, 384, 128, 0), (256, 256, 100, 0), (128, 384, 64, 192)],
+    [
+        pytest.param(384, 384, 128, 0, marks=pytest.mark.heavy),
+        (256, 256, 100, 0),
+        (128, 384, 64, 192),
+    ],
     ids=["block of a tile", "block of no tile", "cache"],
 )
 def test_the_output_and_the_gradients_are_those_of_splash(queries, keys, block, offset):

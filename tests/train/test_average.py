@@ -23,7 +23,8 @@ def arrays(model):
     return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(model)]
 
 
-@pytest.mark.parametrize("name", [pytest.param("GaussianVAE", marks=pytest.mark.heavy), "Residual"])
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["GaussianVAE", "Residual"])
 def test_it_is_the_formula(tmp_path, name):
     """Against runs of one, two, ... steps without an average; what is not trained is the last."""
     decay, model = 0.5, tiny_model(quantizers()[name])

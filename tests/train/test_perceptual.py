@@ -171,6 +171,7 @@ def lpips():
     return LPIPS(network, tuple(jnp.full(width, 1 / width) for width in network.channels))
 
 
+@pytest.mark.heavy
 def test_lpips_as_a_loss():
     distance = lpips()
     loss = Perceptual(distance, size=40)

@@ -82,6 +82,7 @@ def test_what_is_known_exactly(planned):
     assert planned.fits
 
 
+@pytest.mark.heavy
 def test_what_saves_memory_is_planned_for(planned):
     """Parts, one after the other, and layers that are computed again."""
     parts = plan(shapes(), one_device(), batch_size=6, optimizer=OPTIMIZER, accumulate=3)
