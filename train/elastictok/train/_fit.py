@@ -316,7 +316,9 @@ def fit_stages(
                     "log_every": log_every,
                     "loss": repr(loss),
                     "tail_drop": repr(tail_drop),
-                    "quantizer_weight": repr(quantizer_weight),
+                    "quantizer_weight": repr(quantizer_weight)
+                    if callable(quantizer_weight)
+                    else quantizer_weight,
                     "accumulate": accumulate,
                     "average": repr(average),
                     "mesh": dict(mesh.shape),
