@@ -20,8 +20,6 @@ from elastictok.models import UniformDrop
 from elastictok.train import (
     MSE,
     CompiledStep,
-    OneDevice,
-    Sharded,
     adamw,
     data_share,
     make_mesh,
@@ -31,6 +29,7 @@ from elastictok.train import (
 )
 from elastictok.train._devices import place
 from elastictok.train._fit import _placed_state
+from elastictok.train._sharding import execution_on
 
 STEPS = 10
 
@@ -71,7 +70,7 @@ def run(quantizer: str, axes: str, *, accumulate: int = 1, remat=None) -> dict:
     count = int(np.prod(list(sizes.values())))
     devices = jax.devices()[:count]
     mesh = make_mesh(**sizes, devices=devices)
-    execution = OneDevice(remat=remat) if mesh.size == 1 else Sharded(mesh=mesh, remat=remat)
+    execution = execution_on(mesh, remat)
     optimizer = optax.chain(remember(), adamw(3e-3, weight_decay=0.1))
     model = tiny_model(quantizers()[quantizer], heads=8, dim=32, context=4)
     state = _placed_state(model, optimizer, jax.random.key(0), mesh, None)

@@ -1,57 +1,26 @@
 """One device, eight, and two processes of four give the same run, however the mesh is cut."""
 
 import functools
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from processes import in_two, result, start
 
 from elastictok.train import data_mesh, data_share, make_mesh, parse_mesh
 
-HERE = Path(__file__).parent
 ALL_AXES = "data=2,sequence=2,fsdp=2"
 TOLERANCE = {"GaussianVAE": 1e-5, "FSQ": 1e-3}  # of losses; FSQ rounds, which amplifies
 
 
-def start(devices: int, *arguments: str) -> subprocess.Popen:
-    """A process with so many CPU devices: their number is chosen when it starts."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    flags += f" --xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        [sys.executable, HERE / "on_meshes.py", *arguments],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def result(*processes: subprocess.Popen) -> dict:
-    """What the first one prints, when all have ended well."""
-    said = [process.communicate(timeout=300) for process in processes]
-    for process, (_, errors) in zip(processes, said, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    return json.loads(said[0][0].splitlines()[-1])
-
-
 @functools.cache
 def runs(*names: str) -> dict:
-    return result(start(8, *names))
+    return result(start("on_meshes.py", 8, *names))
 
 
 @functools.cache
 def in_two_processes(*names: str) -> dict:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    both = [start(4, *names, "--process", str(i), "2", port) for i in range(2)]
-    return result(*both)
+    return in_two("on_meshes.py", *names)
 
 
 def check(one: dict, other: dict, tolerance: float) -> None:

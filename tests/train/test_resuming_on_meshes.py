@@ -1,51 +1,26 @@
 """A run goes on on another mesh, another number of devices, and on several processes."""
 
-import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import in_two, result, start
 
 from elastictok.models import load
 from elastictok.train import latest_step
 
 pytestmark = pytest.mark.heavy
-HERE = Path(__file__).parent
 
 
-def start(devices, *arguments):
-    flags = os.environ.get("XLA_FLAGS", "")
-    flags += f" --xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        [sys.executable, HERE / "fit_on_mesh.py", *map(str, arguments)],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def result(*processes):
-    said = [process.communicate(timeout=300) for process in processes]
-    for process, (_, errors) in zip(processes, said, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    return json.loads(said[0][0].splitlines()[-1])
+SCRIPT = "fit_on_mesh.py"
 
 
 def on(devices, *arguments):
-    return result(start(devices, *arguments))
+    return result(start(SCRIPT, devices, *arguments))
 
 
 def on_two_processes(*arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return result(*[start(4, *arguments, "--process", i, 2, port) for i in range(2)])
+    return in_two(SCRIPT, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +68,6 @@ def test_two_processes_save_and_resume_bit_for_bit(half, tmp_path):
     shutil.copytree(out, tmp_path / "other")
     assert on_two_processes(out, axes, 8) == straight
     # Its data was read in two shares.
-    refused = start(8, tmp_path / "other", axes, 8)
+    refused = start(SCRIPT, 8, tmp_path / "other", axes, 8)
     assert "trained with its data in 2 shares" in refused.communicate()[1]
     assert refused.returncode != 0

@@ -37,13 +37,13 @@ class AbstractExecution(eqx.Module):
         """Tokens times one of a layer's matrices, accumulated and returned in float32."""
         return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
 
-    @abc.abstractmethod
     def stream(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens dim"]:
-        """The residual stream, where it is to lie; called between layers."""
+        """The residual stream, where it is to lie: where it is. Called between layers."""
+        return x
 
-    @abc.abstractmethod
     def weights(self, layer: Weights) -> Weights:
-        """A layer's weights, where they are to lie while the layer is computed."""
+        """A layer's weights, where they are to lie while it is computed: where they are."""
+        return layer
 
 
 class Local(AbstractExecution):
@@ -58,12 +58,6 @@ class Local(AbstractExecution):
 
     def backend(self) -> AbstractBackend | None:
         return self.implementation
-
-    def stream(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens dim"]:
-        return x
-
-    def weights(self, layer: Weights) -> Weights:
-        return layer
 
 
 LOCAL = Local()

@@ -51,9 +51,8 @@ class Checkpoints:
         self._folder = folder.absolute()
         if is_first_process():
             self._folder.mkdir(parents=True, exist_ok=True)
-            for step in _steps(self._folder):
-                if not (self._folder / str(step) / _SEAL).exists():
-                    shutil.rmtree(self._folder / str(step))
+            for cut_off in set(_steps(self._folder)) - set(_sealed(self._folder)):
+                shutil.rmtree(self._folder / str(cut_off))
         wait_for_all("checkpoints opened")
         self._keep = keep
         self._manager = self._open()
@@ -248,9 +247,8 @@ class Checkpoints:
         """After a failure: what was not sealed must not count among the newest."""
         self._end()
         if is_first_process():
-            for step in _steps(self._folder):
-                if not (self._folder / str(step) / _SEAL).exists():
-                    shutil.rmtree(self._folder / str(step), ignore_errors=True)
+            for cut_off in set(_steps(self._folder)) - set(_sealed(self._folder)):
+                shutil.rmtree(self._folder / str(cut_off), ignore_errors=True)
         wait_for_all("checkpoints opened again")
         self._manager = self._open()
 
@@ -266,8 +264,7 @@ class Checkpoints:
 
 def latest_step(run: str | os.PathLike[str]) -> int | None:
     """The newest step that a run folder has a complete checkpoint of (not verified), or None."""
-    folder = Path(run) / "checkpoints"
-    return max((s for s in _steps(folder) if (folder / str(s) / _SEAL).exists()), default=None)
+    return max(_sealed(Path(run) / "checkpoints"), default=None)
 
 
 _Result = TypeVar("_Result")
@@ -327,6 +324,11 @@ def _steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def _sealed(folder: Path) -> list[int]:
+    """The steps that were written to the end."""
+    return [step for step in _steps(folder) if (folder / str(step) / _SEAL).exists()]
 
 
 def _sums(folder: Path) -> str:

@@ -35,10 +35,9 @@ from ._processes import any_process, is_first_process, of_all_processes
 from ._progress import display
 from ._sharding import (
     AXES,
-    OneDevice,
-    Sharded,
     data_mesh,
     data_share,
+    execution_on,
     gather,
     put,
     replicated,
@@ -225,7 +224,7 @@ def fit_stages(
             f"the mesh has the axes {', '.join(mesh.axis_names)}; make it by make_mesh, with "
             f"{', '.join(AXES)}"
         )
-    execution = OneDevice(remat=remat) if mesh.size == 1 else Sharded(mesh=mesh, remat=remat)
+    execution = execution_on(mesh, remat)
     if quantizer_weight is None:
         quantizer_weight = default_quantizer_weight(model)
     ends = list(itertools.accumulate(stage.steps for stage in stages))

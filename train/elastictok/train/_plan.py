@@ -39,7 +39,7 @@ from ._devices import CompiledStep
 from ._fit import default_optimizer, default_quantizer_weight
 from ._losses import MSE
 from ._program import Program, read_program
-from ._sharding import OneDevice, Sharded, pixels_spec, shardings
+from ._sharding import execution_on, pixels_spec, shardings
 from ._step import (
     Average,
     DeviceBatch,
@@ -376,7 +376,7 @@ def plan(
     optimizer = default_optimizer(1000) if optimizer is None else optimizer
     device = mesh.devices.flat[0]
     inner = PallasTPU(chip=device.device_kind) if device.platform == "tpu" else None
-    execution = _execution(mesh, remat, inner)
+    execution = execution_on(mesh, remat, inner)
     state = _state(model, optimizer, mesh, average is not None)
     batch = _batch(model, examples, context)
     # All of a batch lie as its pixels do.
@@ -441,15 +441,6 @@ def plan(
         refused=refused,
         **known,
     )
-
-
-def _execution(
-    mesh: Mesh, remat: Callable[..., Any] | None, inner: PallasTPU | None
-) -> AbstractExecution:
-    """As of `fit`, with the kernels that it would take on those devices."""
-    if mesh.size == 1:
-        return OneDevice(implementation=inner, remat=remat)
-    return Sharded(mesh=mesh, remat=remat, inner=inner)
 
 
 def _is_shape(leaf: Any) -> bool:

@@ -2,13 +2,17 @@
 
 | axis | splits | so that |
 |---|---|---|
-| `data` | the examples of a batch | more of them are computed at once |
-| `fsdp` | the examples too, and every matrix | parameters and optimizer need less memory; a layer's matrices are gathered while it is computed (ZeRO-3, arXiv 1910.02054) |
-| `sequence` | the tokens of an example | contexts can be longer than one device holds, with ring attention (arXiv 2310.01889) |
-| `tensor` | heads and hidden units | a layer's products are split (arXiv 1909.08053) |
-"""  # noqa: E501
+| `data` | the examples of a batch | more are computed at once |
+| `fsdp` | the examples too, and every matrix | they need less memory |
+| `sequence` | the tokens of an example | a context may be longer than a device holds |
+| `tensor` | heads and hidden units | a layer's products are split |
+
+`fsdp` gathers a layer's matrices while the layer is computed (ZeRO-3, arXiv 1910.02054), `sequence`
+has ring attention (arXiv 2310.01889), `tensor` splits layers as in arXiv 1909.08053.
+"""
 
 import fnmatch
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -259,13 +263,24 @@ class OneDevice(AbstractExecution):
     ) -> Float[Array, "tokens out_dim"]:
         return _together(x, weight)
 
-    def stream(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens dim"]:
-        return x
 
-    def weights(self, layer: Tree) -> Tree:
-        return layer
+def execution_on(
+    mesh: Mesh,
+    remat: Callable[..., Any] | None = None,
+    inner: AbstractTiled | None = None,
+) -> AbstractExecution:
+    """How a training step is carried out on a mesh.
+
+    **Arguments:**
+
+    - `remat`, `inner`: as of [`Sharded`][].
+    """
+    if mesh.size == 1:
+        return OneDevice(remat=remat, implementation=inner)
+    return Sharded(mesh=mesh, remat=remat, inner=inner)
 
 
+@functools.cache  # asked for every batch
 def data_share(mesh: Mesh) -> tuple[int, int]:
     """Which share of every batch this process brings, as `(number, of how many)`.
 
