@@ -187,6 +187,17 @@ def test_the_keep_mask_is_seen_by_the_encoder(tiny, noise):
     assert (a != b).any()
 
 
+def test_an_encoder_that_is_told_all_can_be_run_once(tiny, noise):
+    """What it gives is what encoding with all tokens gives, cut at the lengths."""
+    pixels = noise(0, FRAMES, 16, 16, 3)
+    full, lengths = jnp.full(BLOCKS, TOKENS), jnp.array([5, 2, 15])
+    out = eqx.filter_jit(lambda m, x: m(x, lengths, told=full))(tiny, pixels)
+    kept = tiny.keep(lengths, 16, 16)[:, None]
+    everything = run(tiny, pixels, full).latents
+    np.testing.assert_allclose(out.latents, jnp.where(kept, everything, 0), atol=1e-6)
+    assert (out.latents != run(tiny, pixels, lengths).latents).any()
+
+
 @settings(max_examples=10)
 @given(seed=st.integers(0, 5))
 def test_vmap_equals_loop(tiny, noise, seed):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastictok.models import FixedDrop, LogUniformDrop, UniformDrop, WithFull
+from elastictok.models import ConditionDropout, FixedDrop, LogUniformDrop, UniformDrop, WithFull
 
 
 @given(seed=st.integers(0, 1000), low=st.integers(1, 5), width=st.integers(0, 8))
@@ -44,3 +44,35 @@ def test_with_full_keeps_all_tokens_of_its_share_and_the_inner_lengths_elsewhere
     assert abs((lengths == 16).sum() - 2500) < 5 * np.sqrt(10_000 * 0.25 * 0.75)
     with pytest.raises(ValueError, match=r"share is 1.5"):
         WithFull(UniformDrop(), 1.5)
+
+
+def test_condition_dropout_draws_the_inner_lengths_and_tells_its_share_that_all_are_kept():
+    inner = WithFull(UniformDrop(), 0.1)
+    key = jax.random.key(0)
+    policy = ConditionDropout(inner, 0.25)
+    lengths = policy(key, 10_000, 4, 16)
+    told = np.asarray(policy.told(key, lengths, 16))
+    short = np.asarray(lengths) < 16
+    assert set(told[told != np.asarray(lengths)]) == {16}
+    silent = (told[short] == 16).sum()
+    assert abs(silent - 0.25 * short.sum()) < 5 * np.sqrt(short.sum() * 0.25 * 0.75)
+    # Neither depends on the other: short lengths are as often kept from the encoder as long ones.
+    few = np.asarray(lengths) < 8
+    assert abs((told[few] == 16).sum() - 0.25 * few.sum()) < 5 * np.sqrt(few.sum() * 0.25 * 0.75)
+    counts = np.bincount(np.asarray(lengths)[short], minlength=16)[4:16]
+    assert np.abs(counts - 750).max() < 5 * np.sqrt(750)
+    with pytest.raises(ValueError, match=r"share is -0.5"):
+        ConditionDropout(inner, -0.5)
+
+
+@pytest.mark.parametrize("policy", [UniformDrop(), FixedDrop(5), WithFull(UniformDrop(), 0.5)])
+def test_other_policies_tell_the_encoder_what_is_kept(policy):
+    lengths = policy(jax.random.key(1), 50, 4, 16)
+    np.testing.assert_array_equal(policy.told(jax.random.key(1), lengths, 16), lengths)
+
+
+def test_wrapped_condition_dropout_is_still_one():
+    policy = WithFull(ConditionDropout(FixedDrop(5), 1.0), 0.0)
+    lengths = policy(jax.random.key(1), 50, 4, 16)
+    assert set(np.asarray(lengths)) == {5}
+    assert set(np.asarray(policy.told(jax.random.key(1), lengths, 16))) == {16}

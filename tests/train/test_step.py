@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import OPTIMIZER, QUANTIZER_WEIGHT, make_batch, quantizers, tiny_model
 
-from elastictok.models import FixedDrop, UniformDrop
+from elastictok.models import ConditionDropout, FixedDrop, UniformDrop
 from elastictok.train import (
     L1,
     MSE,
@@ -176,6 +176,31 @@ def test_lengths_are_drawn_anew_for_every_step_and_block():
     assert set(drawn.ravel()) == {1, 2, 3, 4}
     assert len({tuple(row) for row in drawn}) == 12
     assert np.bincount(drawn.ravel())[1:].min() > 0.6 * drawn.size / 4
+
+
+def test_condition_dropout_tells_the_encoder_that_all_is_kept():
+    """With a share of 1: the loss of encoding with all tokens and decoding the first few."""
+    batch = on_device(make_batch(0))
+    # What the encoder is told hardly matters to a model that was not trained.
+    model = eqx.tree_at(lambda m: m.encoder.masked, tiny_model(), replace_fn=lambda x: 100 * x)
+    examples, blocks, frames, *size = batch.pixels.shape[:5]
+    keys = step_keys(jax.random.key(0), 0, examples)
+
+    def loss(policy):
+        return batch_losses(model, batch, MSE(), policy, 0.0, keys)[1][0]["mse"]
+
+    def one(pixels, segments, valid):
+        x = pixels.reshape(blocks * frames, *size, 3) / 127.5 - 1
+        full, few = jnp.full(blocks, model.max_tokens), jnp.full(blocks, 2)
+        latents = model.encode(x, full, segments, valid)
+        error = model.decode(latents, few, segments, valid, height=size[0], width=size[1]) - x
+        error = jnp.mean(jnp.square(error).reshape(blocks, -1), axis=1)
+        return jnp.sum(jnp.where(valid, error, 0))
+
+    expected = jax.vmap(one)(batch.pixels, batch.segments, batch.valid).sum() / batch.valid.sum()
+    dropped = jax.jit(lambda: loss(ConditionDropout(FixedDrop(2), 1.0)))()
+    assert float(dropped) == pytest.approx(float(expected), rel=1e-5)
+    assert abs(float(jax.jit(lambda: loss(FixedDrop(2)))()) - float(expected)) > 1e-5
 
 
 def test_the_optimizer_leaves_an_averaged_code_book_alone():

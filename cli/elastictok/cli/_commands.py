@@ -69,6 +69,9 @@ class Train:
     """Blocks that a sequence holds; the preset's by default."""
     tail_drop: Literal["uniform", "log-uniform"] = "uniform"
     """How kept lengths are drawn."""
+    condition_dropout: float = 0.0
+    """In this share of the blocks, do not tell the encoder how many tokens are kept: `encode` and
+    `eval` can then run it once for each block (--encode-once)."""
     loss: Literal["mse", "l1"] = "mse"
     """Of the reconstruction."""
     perceptual: Path | None = None

@@ -31,6 +31,7 @@ from elastictok.data import (
 from elastictok.eval import Item, load_lpips
 from elastictok.models import (
     AbstractTailDrop,
+    ConditionDropout,
     ElasticTok,
     FixedDrop,
     Local,
@@ -342,7 +343,9 @@ def _optimizer(command: Train, part: _Part) -> optax.GradientTransformation:
 
 
 def _tail_drop(command: Train) -> AbstractTailDrop:
-    return UniformDrop() if command.tail_drop == "uniform" else LogUniformDrop()
+    drawn = UniformDrop() if command.tail_drop == "uniform" else LogUniformDrop()
+    share = command.condition_dropout
+    return ConditionDropout(drawn, share) if share else drawn
 
 
 def _tracker(name: str, command: Train, settings: dict[str, Any]) -> AbstractTracker:

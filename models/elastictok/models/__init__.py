@@ -27,7 +27,14 @@ from ._order import AbstractOrder, CoarseToFine, Raster
 from ._patching import Patching
 from ._place import PlaceEmbedding
 from ._rope import AbstractRotary, CellRotary, RankRotary, rotary, rotate
-from ._taildrop import AbstractTailDrop, FixedDrop, LogUniformDrop, UniformDrop, WithFull
+from ._taildrop import (
+    AbstractTailDrop,
+    ConditionDropout,
+    FixedDrop,
+    LogUniformDrop,
+    UniformDrop,
+    WithFull,
+)
 from ._transformer import KVCache, Linear, RMSNorm, SwiGLU, Transformer, count_parameters
 
 __all__ = [
@@ -42,6 +49,7 @@ __all__ = [
     "CellRotary",
     "Cells",
     "CoarseToFine",
+    "ConditionDropout",
     "Decoder",
     "ElasticTok",
     "ElasticTokOutput",

@@ -307,6 +307,7 @@ class ElasticTok(eqx.Module):
         segments: Int[Array, "blocks"] | None = None,
         valid: Bool[Array, "blocks"] | None = None,
         *,
+        told: Int[Array, "blocks"] | None = None,
         key: Key[Array, ""] | None = None,
         execution: AbstractExecution = LOCAL,
     ) -> ElasticTokOutput:
@@ -318,6 +319,8 @@ class ElasticTok(eqx.Module):
         - `lengths`: kept tokens per block, clipped to the allowed range.
         - `segments`: which document each block belongs to; documents do not see each other.
         - `valid`: false for blocks of padding, which nobody sees and which add to no sum.
+        - `told`: the lengths that the encoder is told, if other than those kept; only training has
+          a use for it (`ConditionDropout`).
         - `key`: for quantizers that sample.
         - `execution`: how the layers are carried out.
 
@@ -334,6 +337,7 @@ class ElasticTok(eqx.Module):
         quantized = self.encode_tokens(
             self.patch(pixels),
             self.keep(lengths, height, width, valid),
+            told=None if told is None else self.keep(told, height, width, valid),
             grid=self.grid(height, width),
             segments=segment_ids,
             key_valid=key_valid,
@@ -420,6 +424,7 @@ class ElasticTok(eqx.Module):
         patches: Float[Array, "tokens patch"],
         keep: Bool[Array, "tokens"],
         *,
+        told: Bool[Array, "tokens"] | None = None,
         grid: tuple[int, int, int],
         segments: Int[Array, "tokens"] | None = None,
         key_valid: Bool[Array, "tokens"] | None = None,
@@ -433,6 +438,7 @@ class ElasticTok(eqx.Module):
 
         - `patches`: in token order.
         - `keep`: any mask, not only prefixes.
+        - `told`: the mask that the encoder is told, if another one.
         - `grid`: cells of a block; the first block starts at the first token.
         - `segments`: document of each token.
         - `key_valid`: false for tokens that nobody sees.
@@ -441,7 +447,7 @@ class ElasticTok(eqx.Module):
         """
         latents = self.encoder(
             patches,
-            keep,
+            keep if told is None else told,
             _mask(math.prod(grid), segments, key_valid),
             _positions(positions, patches),
             Cells(self.order, grid),

@@ -24,6 +24,19 @@ class AbstractTailDrop(eqx.Module):
         - `min_tokens`, `max_tokens`: bounds of a length, both allowed.
         """
 
+    def told(
+        self, key: Key[Array, ""], lengths: Int[Array, "blocks"], max_tokens: int
+    ) -> Int[Array, "blocks"]:
+        """The lengths that the encoder is told, where these tokens are kept: the same.
+
+        **Arguments:**
+
+        - `key`: the one that drew them.
+        - `lengths`: as drawn.
+        - `max_tokens`: of a block.
+        """
+        return lengths
+
 
 class UniformDrop(AbstractTailDrop):
     """All lengths equally often: `l ~ U{min_tokens..max_tokens}` (2410.08368, algorithm 1)."""
@@ -80,3 +93,36 @@ class WithFull(AbstractTailDrop):
         choice, drawn = jax.random.split(key)
         full = jax.random.bernoulli(choice, self.share, (blocks,))
         return jnp.where(full, max_tokens, self.inner(drawn, blocks, min_tokens, max_tokens))
+
+    def told(
+        self, key: Key[Array, ""], lengths: Int[Array, "blocks"], max_tokens: int
+    ) -> Int[Array, "blocks"]:
+        return self.inner.told(jax.random.split(key)[1], lengths, max_tokens)
+
+
+class ConditionDropout(AbstractTailDrop):
+    """Another policy's lengths, but in a share of the blocks the encoder is not told them.
+
+    It is told that all tokens are kept, as if nothing were dropped (the unconditioned encoder of
+    2410.08368, section 4.3, is the one with a share of 1). A model trained so can be encoded once
+    and cut at any length: `elastictok.inference.EncodeOnce`.
+    """
+
+    inner: AbstractTailDrop
+    share: float = eqx.field(static=True)
+
+    def __check_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share}; it must be between 0 and 1")
+
+    def __call__(
+        self, key: Key[Array, ""], blocks: int, min_tokens: int, max_tokens: int
+    ) -> Int[Array, "blocks"]:
+        return self.inner(jax.random.split(key)[1], blocks, min_tokens, max_tokens)
+
+    def told(
+        self, key: Key[Array, ""], lengths: Int[Array, "blocks"], max_tokens: int
+    ) -> Int[Array, "blocks"]:
+        choice, drawn = jax.random.split(key)
+        silent = jax.random.bernoulli(choice, self.share, lengths.shape)
+        return jnp.where(silent, max_tokens, self.inner.told(drawn, lengths, max_tokens))

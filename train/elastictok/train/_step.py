@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, UInt8
 
-from elastictok.models import LOCAL, AbstractExecution, ElasticTok, trainable
+from elastictok.models import (
+    LOCAL,
+    AbstractExecution,
+    AbstractTailDrop,
+    ElasticTok,
+    trainable,
+)
 
 from ._errors import DataError
 from ._losses import MSE, AbstractLoss, mean_over_valid
@@ -246,15 +252,19 @@ def batch_losses(
     tokens = model.tokens_per_block(height, width)
     least = min(model.min_tokens, tokens)
     lengths = jax.vmap(lambda key: tail_drop(key, blocks, least, tokens))(keys.lengths)
+    told = lengths
+    if isinstance(tail_drop, AbstractTailDrop):  # any other function only draws
+        told = jax.vmap(lambda key, n: tail_drop.told(key, n, tokens))(keys.lengths, lengths)
     target = batch.pixels.astype(jnp.float32) / 127.5 - 1
     out = jax.vmap(
-        lambda x, length, segments, valid, key: model(
-            x, length, segments, valid, key=key, execution=execution
+        lambda x, length, told, segments, valid, key: model(
+            x, length, segments, valid, told=told, key=key, execution=execution
         ),
         spmd_axis_name=execution.batch_axes,
     )(
         target.reshape(examples, blocks * frames, height, width, 3),
         lengths,
+        told,
         batch.segments,
         batch.valid,
         keys.model,
