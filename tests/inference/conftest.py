@@ -57,9 +57,90 @@ class PatchMeans(ElasticCodec[int, np.ndarray]):
         return np.broadcast_to(plane[None, :, :, None], (2, *plane.shape, 3)).copy(), cells
 
 
+class Curves(ElasticCodec[int, int]):
+    """Blocks whose loss at each length is prescribed: `curves[index of the block][length]`.
+
+    A block of one frame of 8x8 carries its index in its first pixel; what is decoded carries the
+    index and the length, and `loss` looks them up. Lengths are 1 to 64. `calls` holds the lengths
+    of every call: what the encoder was told, what the decoder was given.
+    """
+
+    size = (8, 8)
+    patch = (1, 1)
+    frames_per_block = 1
+    context = 2
+    min_tokens = 1
+    kind = Codes(256)
+    bits_per_token = 8.0
+    fingerprint = "curves"
+
+    def __init__(self, curves, lanes=1):
+        self.curves, self._lanes = curves, lanes
+        self.calls = {"encode": [], "decode": []}
+
+    @property
+    def lanes(self):
+        return self._lanes
+
+    def frames(self, blocks):
+        """A clip of these blocks."""
+        frames = np.zeros((len(blocks), 8, 8, 3), np.uint8)
+        frames[:, 0, 0, 0] = blocks
+        return frames
+
+    def loss(self, truth, reconstruction):
+        assert truth[0, 0, 0, 0] == reconstruction[0, 0, 0, 0]
+        return float(self.curves[truth[0, 0, 0, 0]][reconstruction[0, 0, 0, 1]])
+
+    def tokens_per_block(self, height, width):
+        assert (height, width) == (8, 8)
+        return len(self.curves[0]) - 1
+
+    def encoder_state(self, window, height, width):
+        return 0
+
+    def decoder_state(self, window, height, width):
+        return 0
+
+    def encode(self, pixels, length, state):
+        self.calls["encode"].append([length])
+        return self._encode(pixels, length, state)
+
+    def decode(self, values, length, state):
+        self.calls["decode"].append([length])
+        return self._decode(values, length, state)
+
+    def encode_batch(self, requests):
+        self.calls["encode"].append([length for _, length, _ in requests])
+        return [self._encode(*request) for request in requests]
+
+    def decode_batch(self, requests):
+        self.calls["decode"].append([length for _, length, _ in requests])
+        return [self._decode(*request) for request in requests]
+
+    def _encode(self, pixels, length, state):
+        values = np.full(
+            self.tokens_per_block(8, 8), 77, np.int32
+        )  # to be ignored from `length` on
+        values[:length] = pixels[0, 0, 0, 0]
+        return values, state + 1
+
+    def _decode(self, values, length, state):
+        assert not values[length:].any()
+        assert len(set(values[:length].tolist())) == 1
+        pixels = np.zeros((1, 8, 8, 3), np.uint8)
+        pixels[0, 0, 0, :3] = values[0], length, state
+        return pixels, state + 1
+
+
 @pytest.fixture(scope="session")
 def patch_means():
     return PatchMeans
+
+
+@pytest.fixture(scope="session")
+def curves_codec():
+    return Curves
 
 
 @pytest.fixture(scope="session")
@@ -115,6 +196,7 @@ def make_tokens():
             "losses": losses,
             "met": losses < 0.5,
             "monotone": rng.random(blocks) < 0.5,
+            "measured": np.ones(blocks, np.bool_),
             "encoder_evaluations": rng.integers(1, 9, blocks).astype(np.int32),
             "decoder_evaluations": rng.integers(1, 300, blocks).astype(np.int32),
             "frames": 2 * blocks - 1,

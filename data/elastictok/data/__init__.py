@@ -48,6 +48,8 @@ from elastictok.data._source import (
     Request,
 )
 from elastictok.data._stored import Blob, Stored
+from elastictok.data._tokenize import Encoder, Tokenized, tokenize
+from elastictok.data._tokens import TOKEN_INDEX, TokenDataset, TokenRecord, load_tokens
 from elastictok.data._types import Batch, Clip, Geometry
 from elastictok.data._write import write_clip, write_picture
 
@@ -58,6 +60,7 @@ __all__ = [
     "MAX_PIXELS",
     "MAX_RECORD_BYTES",
     "PICTURES",
+    "TOKEN_INDEX",
     "AbstractCrop",
     "AbstractExcerpt",
     "AbstractItem",
@@ -75,6 +78,7 @@ __all__ = [
     "ClipSource",
     "Component",
     "Damaged",
+    "Encoder",
     "Encoding",
     "Files",
     "Geometry",
@@ -95,6 +99,9 @@ __all__ = [
     "Request",
     "Skipped",
     "Stored",
+    "TokenDataset",
+    "TokenRecord",
+    "Tokenized",
     "Used",
     "WholeClip",
     "Window",
@@ -107,8 +114,10 @@ __all__ = [
     "find_media",
     "load_clips",
     "load_folders",
+    "load_tokens",
     "make_record",
     "read_media",
+    "tokenize",
     "write_clip",
     "write_picture",
 ]

@@ -32,12 +32,11 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from elastictok.data._built import DATASET, FORMAT, INDEX, KINDS, VERSION, read_description
 from elastictok.data._plan import Plan, Task, plan_for
 from elastictok.data._prepare import make_record
-from elastictok.data._task import Make, run_task, sync, write_whole
+from elastictok.data._shards import join_index, write_whole
+from elastictok.data._task import Make, run_task
 
 REJECTED = "rejected.tsv"
 DAMAGED = "damaged.tsv"
@@ -185,7 +184,7 @@ def completing(found: Plan) -> Iterator[None]:
     finally:
         # Not in `out`, where another job may just be putting the final ones.
         with contextlib.suppress(FileNotFoundError):
-            _list_problems(found.folder, found.results())
+            list_problems(found.folder, found.results())
     _finish(found)
 
 
@@ -362,7 +361,7 @@ def _finish(found: Plan) -> None:
         if len(results) < len(found.tasks):
             return
         kinds = {kind: _join(found, kind, results) for kind in KINDS}
-        _list_problems(out, results)
+        list_problems(out, results)
     except FileNotFoundError:
         if (out / DATASET).exists():
             return
@@ -386,26 +385,17 @@ def _finish(found: Plan) -> None:
         left.unlink(missing_ok=True)
 
 
-_WHAT = ("index", "keys")
-
-
 def _join(found: Plan, kind: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Writes the index of one kind and says what there is of it."""
     made = [(task, result[kind]) for task, result in enumerate(results) if result[kind]]
-    temporary = {what: found.folder / f"{kind}.{what}-{secrets.token_hex(8)}" for what in _WHAT}
-    base = 0
     licences: collections.Counter[str] = collections.Counter()
-    with temporary["index"].open("wb") as index, temporary["keys"].open("wb") as keys:
-        for task, shard in made:
-            rows = np.fromfile(found.part(task, kind, "index"), INDEX)
-            rows["key_end"] += base
-            base += shard["key_bytes"]
-            index.write(rows.tobytes())
-            keys.write(found.part(task, kind, "keys").read_bytes())
-            licences.update(shard["licences"])
-    for what, path in temporary.items():
-        sync(path)
-        os.replace(path, found.out / f"{kind}.{what}")
+    for _, shard in made:
+        licences.update(shard["licences"])
+    parts = [
+        (found.part(task, kind, "index"), found.part(task, kind, "keys"), shard["key_bytes"])
+        for task, shard in made
+    ]
+    join_index(parts, found.out, kind, INDEX, found.folder)
     return {
         "records": sum(shard["records"] for _, shard in made),
         "bytes": sum(shard["bytes"] for _, shard in made),
@@ -417,7 +407,7 @@ def _join(found: Plan, kind: str, results: Sequence[dict[str, Any]]) -> dict[str
     }
 
 
-def _list_problems(folder: Path, results: Sequence[dict[str, Any] | None]) -> None:
+def list_problems(folder: Path, results: Sequence[dict[str, Any] | None]) -> None:
     """Writes `rejected.tsv` and `damaged.tsv` of the tasks that are done."""
     for name, header in ((REJECTED, "reason"), (DAMAGED, "missing_frames")):
         kind = name.removesuffix(".tsv")

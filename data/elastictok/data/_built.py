@@ -5,23 +5,15 @@ each kind `KIND.index`, an array of fixed rows that is mapped into memory and no
 `KIND.keys`, the keys one after the other.
 """
 
-import bisect
-import collections
-import contextlib
-import hashlib
-import importlib
-import itertools
 import json
-import mmap
-import os
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from elastictok.data._errors import MediaError
 from elastictok.data._record import Record
+from elastictok.data._shards import Index, Shards, check_shards, expect, is_count
 from elastictok.data._source import AbstractLibrary
 from elastictok.data._stored import Stored
 
@@ -29,6 +21,7 @@ DATASET = "dataset.json"
 FORMAT = "elastictok-data"
 VERSION = 1
 KINDS = ("pictures", "clips")
+_AGAIN = "build again"
 INDEX = np.dtype(
     [
         ("bytes", "<u8"),
@@ -43,25 +36,6 @@ INDEX = np.dtype(
 )
 """What the index says of a record: bytes of the file, where its key ends, and as in [`Record`][];
 0 where that has `None`."""
-
-# Open shards keep about ten bytes for each of their records (46 in one of a million).
-_MOST_OPEN_RECORDS = 2**22
-_MOST_OPEN_SHARDS = 512
-READING = "readahead_buffer_size:0,max_parallelism:0"
-
-
-def record_module() -> ModuleType:
-    """The reader and writer of ArrayRecord files, imported late.
-
-    **Raises:** `RuntimeError` where there is none for this machine.
-    """
-    try:
-        return importlib.import_module("array_record.python.array_record_module")
-    except ImportError as error:
-        raise RuntimeError(
-            "built data sets need the package array_record, which exists for Linux and for macOS "
-            "on arm64; train on the folder of files itself instead"
-        ) from error
 
 
 def shard_name(kind: str, task: int) -> str:
@@ -100,9 +74,9 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise MediaError(folder, reason)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        _expect(content["format"] == FORMAT)
+        expect(content["format"] == FORMAT)
         version = content["version"]
-        _expect(type(version) is int)
+        expect(type(version) is int)
         if version == VERSION:
             _check_description(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -116,27 +90,12 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def _check_description(content: Any) -> None:
     """Nothing of it is used unseen: neither counts nor the names of files."""
-    _expect(isinstance(content["settings"]["encoding"], dict))
-    _expect(all(_is_count(content[name]) for name in ("tasks", "rejected", "damaged")))
+    expect(isinstance(content["settings"]["encoding"], dict))
+    expect(all(is_count(content[name]) for name in ("tasks", "rejected", "damaged")))
     for kind in KINDS:
         about = content["kinds"][kind]
-        _expect(isinstance(about["licences"], dict) and _is_count(about["bytes"]))
-        for shard in about["shards"]:
-            _expect(_is_count(shard["records"]) and _is_count(shard["file_bytes"]))
-            _expect(isinstance(shard["sha256"], str))
-            # A name in this folder, and no way out of it.
-            _expect(Path(shard["file"]).name == shard["file"] and "\0" not in shard["file"])
-        _expect(_is_count(about["records"]))
-        _expect(about["records"] == sum(shard["records"] for shard in about["shards"]))
-
-
-def _expect(condition: bool) -> None:
-    if not condition:
-        raise ValueError
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
+        expect(isinstance(about["licences"], dict) and is_count(about["bytes"]))
+        expect(is_count(about["records"]) and about["records"] == check_shards(about["shards"]))
 
 
 class BuiltDataset:
@@ -175,40 +134,26 @@ class Records(AbstractLibrary):
         self._folder = folder
         self._kind = kind
         self._shards = shards
-        self._ends = list(itertools.accumulate(shard["records"] for shard in shards))
-        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self._open_records = 0
-        wrong = [shard["file"] for shard in shards if not self._is_whole(shard)]
-        if wrong:
-            raise MediaError(
-                folder,
-                f"{len(wrong)} of {len(shards)} shards of {kind} are missing or cut, such as "
-                f"{wrong[0]}; copy them again, or build again",
-            )
-        self.index = self._map_index()
-        self._keys = self._map_keys()
+        self._files = Shards(folder, kind, shards, _AGAIN)
+        self._index = Index(folder, kind, INDEX, len(self), _AGAIN)
+        self.index = self._index.rows
 
     def __reduce__(self):
         # Files are opened anew in a worker.
         return Records, (self._folder, self._kind, self._shards)
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._files)
 
     def key(self, index: int) -> str:
         """The key of a record."""
-        start = int(self.index["key_end"][index - 1]) if index else 0
-        stop = int(self.index["key_end"][index])
-        return bytes(self._keys[start:stop]).decode("utf-8", "surrogateescape")
+        return self._index.key(index)
 
     def name(self, index: int) -> str:
         return f"{self._folder}:{self.key(index)}"
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for shard in self._shards:
-            digest.update(f"{shard['records']} {shard['sha256']}\n".encode())
-        return digest.hexdigest()
+        return self._files.fingerprint()
 
     def stored(self, index: int) -> Stored:
         return self[index].blob
@@ -220,76 +165,11 @@ class Records(AbstractLibrary):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} {self._kind}")
-        shard = bisect.bisect_right(self._ends, index)
-        first = self._ends[shard - 1] if shard else 0
-        reader = self._reader(shard)
-        try:
-            (stored,) = reader.read([index - first])
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise MediaError(self.name(index), "its record is damaged; build again") from error
+        stored = self._files.read(index)
+        if stored is None:
+            raise MediaError(self.name(index), f"its record is damaged; {_AGAIN}")
         return Record.from_bytes(stored, self.name(index))
 
     def close(self) -> None:
         """Closes all shards; they are opened again when needed."""
-        while self._readers:
-            self._close_one()
-
-    def _reader(self, shard: int) -> Any:
-        if shard in self._readers:
-            self._readers.move_to_end(shard)
-            return self._readers[shard]
-        about = self._shards[shard]
-        path = self._folder / about["file"]
-        try:
-            # As bytes: a path need not be UTF-8.
-            reader = record_module().ArrayRecordReader(os.fsencode(path), READING)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise MediaError(path, "cannot be read; copy it again, or build again") from error
-        # A file that lost its end opens without complaint and is empty.
-        if reader.num_records() != about["records"]:
-            with contextlib.suppress(RuntimeError):  # says what is said here
-                reader.close()
-            raise MediaError(path, f"does not hold its {about['records']} records; build again")
-        self._readers[shard] = reader
-        self._open_records += about["records"]
-        while len(self._readers) > 1 and (
-            self._open_records > _MOST_OPEN_RECORDS or len(self._readers) > _MOST_OPEN_SHARDS
-        ):
-            self._close_one()
-        return reader
-
-    def _close_one(self) -> None:
-        shard, reader = self._readers.popitem(last=False)
-        self._open_records -= self._shards[shard]["records"]
-        reader.close()
-
-    def _is_whole(self, shard: dict[str, Any]) -> bool:
-        try:
-            return (self._folder / shard["file"]).stat().st_size == shard["file_bytes"]
-        except OSError:
-            return False
-
-    def _map_index(self) -> np.ndarray:
-        path = self._folder / f"{self._kind}.index"
-        if not len(self):
-            return np.empty(0, INDEX)
-        try:
-            index = np.memmap(path, INDEX, "r")
-        except (OSError, ValueError) as error:
-            raise MediaError(path, f"cannot be read ({error})") from error
-        if len(index) != len(self):
-            raise MediaError(path, f"has {len(index)} rows for {len(self)} records; build again")
-        return index
-
-    def _map_keys(self) -> mmap.mmap | bytes:
-        path = self._folder / f"{self._kind}.keys"
-        if not len(self):
-            return b""
-        try:
-            with path.open("rb") as file:
-                keys = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise MediaError(path, f"cannot be read ({error})") from error
-        if len(keys) != int(self.index["key_end"][-1]):
-            raise MediaError(path, "does not have the length that the index says; build again")
-        return keys
+        self._files.close()

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from elastictok.data._built import DATASET, read_description, record_module
+from elastictok.data._built import DATASET, read_description
 from elastictok.data._errors import MediaError
 from elastictok.data._find import walk
 from elastictok.data._prepare import Encoding, Listed
+from elastictok.data._shards import record_module
 
 _MOST_FILES = 2**14  # of one shard: reading a record takes longer the more a shard has
 _SMALLEST_SHARD = 4 * 2**20
@@ -107,7 +108,7 @@ def plan_for(
     roots = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
     folders = [Path(root) for root in roots]
     encoding = Encoding(resolution, None if fps is None else float(fps))
-    _check_folders(folders, out)
+    check_folders(folders, out)
     settings = {
         "folders": [os.path.abspath(folder) for folder in folders],
         "encoding": dataclasses.asdict(encoding),
@@ -118,7 +119,7 @@ def plan_for(
     }
     settings = json.loads(json.dumps(settings))
     if (out / DATASET).exists():
-        _check_same(out, read_description(out)["settings"], settings)
+        check_same(out, read_description(out)["settings"], settings)
         return None
     if not (out / "build" / "plan").exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -130,21 +131,24 @@ def plan_for(
             )
         _write_plan(folders, out / "build", settings)
     found = Plan(out)
-    _check_same(out, found.settings, settings)
+    check_same(out, found.settings, settings)
     return found
 
 
-def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def check_same(
+    out: Path, before: dict[str, Any], now: dict[str, Any], what: str = "its build was"
+) -> None:
+    """**Raises:** `MediaError`, which names both, for a setting that is not what it was."""
     for name, value in now.items():
         if before.get(name) != value:
             raise MediaError(
                 out,
-                f"its build was begun with {name} = {before.get(name)}, now it is {value}; "
+                f"{what} begun with {name} = {before.get(name)}, now it is {value}; "
                 "go on with the same settings, or choose another folder",
             )
 
 
-def _check_folders(folders: Sequence[Path], out: Path) -> None:
+def check_folders(folders: Sequence[Path], out: Path) -> None:
     if not folders:
         raise ValueError("no folder was given; give at least one folder of pictures or clips")
     real = []
@@ -169,7 +173,7 @@ def _write_plan(folders: Sequence[Path], folder: Path, settings: dict[str, Any])
     try:
         total = 0
         with (scratch / "files.jsonl").open("w", encoding="ascii") as lines:
-            for root, (label, path) in enumerate(zip(_labels(folders), folders, strict=True)):
+            for root, (label, path) in enumerate(zip(labels(folders), folders, strict=True)):
                 for below in walk(path) if path.is_dir() else [""]:
                     size = _size(path / below if below else path)
                     total += size
@@ -196,7 +200,7 @@ def _write_plan(folders: Sequence[Path], folder: Path, settings: dict[str, Any])
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _labels(folders: Sequence[Path]) -> list[str]:
+def labels(folders: Sequence[Path]) -> list[str]:
     """The names of the folders, numbered where two have the same."""
     names: list[str] = []
     for folder in folders:

@@ -2,21 +2,17 @@
 
 import collections
 import contextlib
-import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from elastictok.data._built import INDEX, KINDS, READING, index_row, record_module, shard_name
+from elastictok.data._built import INDEX, KINDS, index_row, shard_name
 from elastictok.data._errors import MediaError
 from elastictok.data._plan import Plan
 from elastictok.data._prepare import Encoding, Listed, make_record
 from elastictok.data._record import Record
+from elastictok.data._shards import ShardWriter, write_whole
 
 Make = Callable[[Listed, Encoding], Record]
 
@@ -89,92 +85,31 @@ class _Heartbeat:
 
 
 class _Shard:
-    """The records of one kind in one task, under temporary names until they are whole."""
+    """The records of one kind in one task."""
 
     def __init__(self, found: Plan, task: int, kind: str):
-        self._path = found.out / shard_name(kind, task)
-        self._index_path = found.part(task, kind, "index")
-        self._keys_path = found.part(task, kind, "keys")
-        self._temporary = found.out / f".{self._path.name}-{secrets.token_hex(8)}.tmp"
-        self._writer: Any = None
-        self._digest = hashlib.sha256()
-        self._rows: list[tuple] = []
-        self._keys: list[bytes] = []
+        self._writer = ShardWriter(
+            found.out / shard_name(kind, task),
+            found.part(task, kind, "index"),
+            found.part(task, kind, "keys"),
+            INDEX,
+        )
         self._licences: collections.Counter[str] = collections.Counter()
         self._bytes = 0
 
     def add(self, record: Record) -> None:
-        stored = record.to_bytes()
-        if self._writer is None:
-            # Groups of one, so that a record is read without its neighbours; not compressed, for
-            # the files are already.
-            options = "group_size:1,uncompressed"
-            self._writer = record_module().ArrayRecordWriter(os.fsencode(self._temporary), options)
-        self._writer.write(stored)
-        self._digest.update(len(stored).to_bytes(8, "little") + stored)
-        self._keys.append(record.key.encode("utf-8", "surrogateescape"))
-        self._rows.append(index_row(record))
+        self._writer.add(record.key, record.to_bytes(), index_row(record))
         self._bytes += len(record.data)
         self._licences[record.licence] += 1
 
     def commit(self) -> dict[str, Any] | None:
         """Gives the shard its name and says what is in it; `None` if nothing is."""
-        if self._writer is None:
-            self._path.unlink(missing_ok=True)
+        made = self._writer.commit()
+        if made is None:
             return None
-        self._writer.close()
-        self._writer = None
-        self._check_written()
-        sync(self._temporary)
-        os.replace(self._temporary, self._path)
-        index = np.array(self._rows, INDEX)
-        index["key_end"] = np.cumsum([len(key) for key in self._keys])
-        write_whole(self._index_path, index.tobytes())
-        write_whole(self._keys_path, b"".join(self._keys))
-        return {
-            "file": self._path.name,
-            "records": len(self._rows),
-            "bytes": self._bytes,
-            "file_bytes": self._path.stat().st_size,
-            "sha256": self._digest.hexdigest(),
-            "key_bytes": sum(map(len, self._keys)),
-            "licences": dict(self._licences.most_common(100)),
-        }
-
-    def _check_written(self) -> None:
-        """A file that lost its end opens without complaint and is empty."""
-        reader = record_module().ArrayRecordReader(os.fsencode(self._temporary), READING)
-        count = reader.num_records()
-        reader.close()
-        if count != len(self._rows):
-            raise OSError(
-                f"{self._path}: {len(self._rows)} records were written and {count} are there; is "
-                "the disk full? Make room and run the same command to go on"
-            )
+        licences = dict(self._licences.most_common(100))
+        return made | {"bytes": self._bytes, "licences": licences}
 
     def discard(self) -> None:
         """Leaves nothing unfinished behind."""
-        if self._writer is not None:
-            # It fails again if it has failed, on a full disk for one; that was said already.
-            with contextlib.suppress(RuntimeError):
-                self._writer.close()
-            self._writer = None
-        self._temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        self._writer.discard()

@@ -1,11 +1,13 @@
-"""The tokens of a picture or clip, and what was measured when they were made."""
+"""The tokens of a picture or clip, what was measured when they were made, and their files."""
 
 import dataclasses
-import math
+import itertools
 import operator
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, final
 
 import numpy as np
@@ -14,43 +16,31 @@ from jaxtyping import Int64
 from elastictok.models import ElasticTok
 
 from ._codec import Codes, ElasticCodec, Latents
-from ._container import TokenFileError, read, smallest_unsigned, write
+from ._container import Container, TokenFileError, smallest_unsigned, write
 from ._elastictok_codec import as_codec
 from ._frames import multiple
+from ._index import LIMITS, TokenIndex, check_values, join_indices, read_only
+from ._index import check_rate as check_rate
 
-# Sizes come from files of unknown origin: each has a bound, far above what anyone has.
-_LIMITS = {
-    "frames": 2**40,
-    "height": 2**20,
-    "width": 2**20,
-    "original_height": 2**20,
-    "original_width": 2**20,
-    "tokens_per_block": 2**30,
-    "frames_per_block": 2**20,
-    "min_tokens": 2**30,
-    "window": 2**30,
-}
-_ARRAYS = {
-    "codes": np.int32,
-    "latents": np.float32,
-    "lengths": np.int32,
-    "losses": np.float64,
-    "met": np.bool_,
-    "monotone": np.bool_,
-    "encoder_evaluations": np.int32,
-    "decoder_evaluations": np.int32,
-    "seconds": np.float64,
-}
-_PER_BLOCK = ("losses", "met", "monotone", "encoder_evaluations", "decoder_evaluations")
+_PER_BLOCK = (
+    "losses",
+    "met",
+    "monotone",
+    "measured",
+    "encoder_evaluations",
+    "decoder_evaluations",
+)
 # Facts of a file and the types that JSON may give them.
 _FACTS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(_LIMITS, (int,)),
+    **dict.fromkeys(LIMITS, (int,)),
     "fps": (float, type(None)),
     "kind": (str,),
     "codebook_size": (int, type(None)),
     "bits_per_token": (float, type(None)),
     "fingerprint": (str,),
 }
+_VALUES = {"codes": np.int32, "latents": np.float32}
+_INDEX = tuple(field.name for field in dataclasses.fields(TokenIndex) if field.name != "row")
 
 
 @final
@@ -59,7 +49,7 @@ class Tokens:
     """Tokens of one picture or clip, kept ones only, block after block.
 
     Arrays are read-only. Two `Tokens` are equal if everything but `seconds` is (a NaN equals a
-    NaN). Made by `Tokenizer.encode`; `truncate`, `save` and `load` make others.
+    NaN). Made by `Tokenizer.encode`; `truncate`, `select`, `join`, `save` and `load` make others.
 
     - `codes`: `i32[kept]`, or `i32[kept streams]` if the quantizer gives a row of codes per token;
       None for latents that are not quantized.
@@ -69,7 +59,11 @@ class Tokens:
     - `met`: `bool[blocks]`, whether a block's loss meets the criterion it was encoded for.
     - `monotone`: `bool[blocks]`, whether, over the lengths that were probed, the loss never rose
       with the length.
-    - `encoder_evaluations`, `decoder_evaluations`: `i32[blocks]`, network passes spent on a block.
+    - `measured`: `bool[blocks]`, whether a block's loss was measured on the pixels that decoding
+      gives at its very length. Where it was not, `losses` are NaN, and `met` and `monotone` false.
+      (A loss that was measured may be NaN, too.)
+    - `encoder_evaluations`, `decoder_evaluations`: `i32[blocks]`, network passes spent on a block;
+      perhaps none.
     - `seconds`: `f64[blocks]`, spent on each block; None if not known. Not written to files.
     - `frames`, `height`, `width`: of what decoding gives.
     - `original_height`, `original_width`: of the frames before they were fitted to the model.
@@ -79,6 +73,8 @@ class Tokens:
     - `frames_per_block`, `min_tokens`, `codebook_size`, `bits_per_token`, `fingerprint`: the
       codec's; `codebook_size` and `bits_per_token` are None for latents.
     - `window`: how many blocks, the current one included, a block sees; decoding uses the same.
+    - `first_block`: which block of its stream the first one is; 0 unless these tokens are of a part
+      of a stream.
     """
 
     # Types and shapes are checked below, not by annotations: what is wrong with a file has to be a
@@ -89,6 +85,7 @@ class Tokens:
     losses: np.ndarray
     met: np.ndarray
     monotone: np.ndarray
+    measured: np.ndarray
     encoder_evaluations: np.ndarray
     decoder_evaluations: np.ndarray
     frames: int
@@ -102,26 +99,29 @@ class Tokens:
     frames_per_block: int
     min_tokens: int
     codebook_size: int | None
-    bits_per_token: float | None
+    bits_per_token: float | int | None
     window: int
     fingerprint: str
+    first_block: int = 0
     seconds: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name, dtype in _ARRAYS.items():
-            _replace(self, name, lambda value, n=name, d=dtype: _read_only(n, value, d))
-        for name in (*_LIMITS, "codebook_size"):
-            _replace(self, name, operator.index)
-        for name in ("fps", "bits_per_token"):
-            _replace(self, name, float)
-        _check_facts(self)
-        _check_values(self)
-        _check_blocks(self)
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks."""
-        return len(self.lengths)
+        if (self.codes is None) == (self.latents is None):
+            raise ValueError("give codes or latents: one of them, and not both")
+        if (self.codes is None) != (self.codebook_size is None):
+            raise ValueError("codebook_size goes with codes and must be None for latents")
+        for name, dtype in _VALUES.items():
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, read_only(name, given, dtype))
+        if not self.values.ndim or 0 in self.values.shape:
+            raise ValueError(
+                f"tokens of shape {self.values.shape}; give (kept,) or (kept, streams or dim)"
+            )
+        index = self.index
+        for name in _INDEX:
+            object.__setattr__(self, name, getattr(index, name))
+        check_values(index.kind, self.values)
+        _check_kept(index, len(self.values))
 
     @property
     def values(self) -> np.ndarray:
@@ -131,11 +131,20 @@ class Tokens:
         return values
 
     @property
+    def index(self) -> TokenIndex:
+        """All but the codes or latents."""
+        fields = {name: getattr(self, name) for name in _INDEX}
+        return TokenIndex(row=self.values.shape[1:], **fields)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.lengths)
+
+    @property
     def kind(self) -> Codes | Latents:
         """What a token is."""
-        if self.codebook_size is None:
-            return Latents(self.values.shape[1])
-        return Codes(self.codebook_size, None if self.values.ndim == 1 else self.values.shape[1])
+        return self.index.kind
 
     @property
     def shortest(self) -> int:
@@ -155,23 +164,20 @@ class Tokens:
         quantized. (A file is larger: it also holds the geometry, the measurements, and codes in
         whole bytes.)
         """
-        if self.bits_per_token is None:
-            return None
-        per_length = (self.tokens_per_block - self.shortest).bit_length()
-        return len(self.values) * self.bits_per_token + self.blocks * per_length
+        return self.index.bits
 
     def block(self, index: int) -> np.ndarray:
         """The kept tokens of one block, as in `codes` or `latents`."""
         index = range(self.blocks)[index]
-        start = int(self.lengths[:index].sum())
+        start = int(self.lengths[:index].sum(dtype=np.int64))
         return self.values[start : start + int(self.lengths[index])]
 
     def truncate(self, length: int) -> "Tokens":
         """Keeps at most `length` tokens of each block, and at least the codec's `min_tokens`.
 
-        From the first block that loses tokens on, nothing was measured: `losses` are NaN, `met`
-        and `monotone` false (later blocks see earlier ones, so their pixels change too). Blocks
-        before it keep their measurements.
+        From the first block that loses tokens on, nothing was measured: `losses` are NaN, `met`,
+        `monotone` and `measured` false (later blocks see earlier ones, so their pixels change too).
+        Blocks before it keep their measurements.
 
         **Raises:** `ValueError` if `length` is below 1.
         """
@@ -182,17 +188,47 @@ class Tokens:
         if np.array_equal(lengths, self.lengths):
             return self
         changed = int(np.argmax(lengths != self.lengths))
-        measured = np.arange(self.blocks) < changed
-        values = np.concatenate([self.block(index)[:kept] for index, kept in enumerate(lengths)])
+        same = np.arange(self.blocks) < changed
+        values = self.values[_places(self.lengths) < np.repeat(lengths, self.lengths)]
         return dataclasses.replace(
             self,
             codes=None if self.codes is None else values,
             latents=None if self.latents is None else values,
             lengths=lengths,
-            losses=np.where(measured, self.losses, np.nan),
-            met=self.met & measured,
-            monotone=self.monotone & measured,
+            losses=np.where(same, self.losses, np.nan),
+            met=self.met & same,
+            monotone=self.monotone & same,
+            measured=self.measured & same,
         )
+
+    def select(self, start: int, stop: int) -> "Tokens":
+        """The blocks from `start` on and before `stop`, counted from 0 in these tokens.
+
+        They say which part of the stream they are by `first_block`; `join` puts parts together
+        again. A decoder needs what comes before them for the pixels that they stand for.
+
+        **Raises:** `ValueError` unless `0 <= start < stop <= blocks`.
+        """
+        index = self.index
+        part = index.select(start, stop)
+        return _tokens(part, self.values[index.ends[start] : index.ends[stop]])
+
+    @staticmethod
+    def join(parts: Iterable["Tokens"]) -> "Tokens":
+        """Consecutive parts of one stream as one.
+
+        **Arguments:**
+
+        - `parts`: at least one, in order, each beginning with the block after the last one of the
+          part before.
+
+        **Raises:** `ValueError` if they are not consecutive or not of one stream.
+        """
+        parts = list(parts)
+        if not parts:
+            raise ValueError("no parts were given; give at least one")
+        index = join_indices([part.index for part in parts])
+        return _tokens(index, np.concatenate([part.values for part in parts]))
 
     def check(self, model: ElasticTok | ElasticCodec) -> None:
         """**Raises:** `TokenFileError` if these tokens were not made by this model."""
@@ -225,33 +261,24 @@ class Tokens:
         for name in ("encoder_evaluations", "decoder_evaluations"):
             arrays[name] = arrays[name].astype(smallest_unsigned(int(arrays[name].max())))
         if self.codebook_size is None:
-            arrays["latents"] = self.values
+            name, values = "latents", self.values
         else:
-            arrays["codes"] = self.values.astype(smallest_unsigned(self.codebook_size - 1))
+            name, values = "codes", self.values.astype(smallest_unsigned(self.codebook_size - 1))
+        arrays[name] = values
+        arrays["checksums"] = _checksums(values, self.index.ends)
         write(Path(path), facts, arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokens":
-        """Reads a token file. Nothing in it is executed, and no size in it is trusted.
+        """Reads a whole token file; [`TokenFile`][] reads single blocks.
+
+        Nothing in it is executed, and no size in it is trusted.
 
         **Raises:** `TokenFileError` if the file is damaged, cut short, not a token file or of a
         newer version; `OSError` if it cannot be opened.
         """
-        facts, arrays = read(Path(path))
-        wanted = {*_PER_BLOCK, "lengths", "latents" if "latents" in arrays else "codes"}
-        _check_names(path, "facts", facts.keys(), _FACTS.keys())
-        _check_names(path, "arrays", arrays.keys(), wanted)
-        for name, types in _FACTS.items():
-            if type(facts[name]) not in types:
-                raise TokenFileError(f"{path} is foreign: its {name} is {facts[name]!r}")
-        kind = facts.pop("kind")
-        if kind not in ("picture", "clip"):
-            raise TokenFileError(f"{path} holds a {kind!r}; this elastictok knows picture and clip")
-        fields: dict[str, Any] = {"codes": None, "latents": None, **facts, **arrays}
-        try:
-            return cls(picture=kind == "picture", **fields)
-        except ValueError as error:
-            raise TokenFileError(f"{path} contradicts itself: {error}") from error
+        with TokenFile(path) as file:
+            return file.tokens()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Tokens):
@@ -260,88 +287,170 @@ class Tokens:
         return all(_same(getattr(self, name), getattr(other, name)) for name in names)
 
 
-def check_rate(fps: float | int | None) -> None:
-    """**Raises:** `ValueError` if there cannot be so many frames per second."""
-    if fps is not None and not 0 < fps < math.inf:
-        raise ValueError(f"fps is {fps}; it must be a positive number, or None if unknown")
+@final
+class TokenFile:
+    """A token file of which single blocks are read, whatever its size.
 
+    Opening it reads what is known of the blocks, and no codes or latents; its memory and time are
+    those of a few numbers for each block.
 
-def _replace(tokens: Tokens, name: str, convert: Callable[[Any], Any]) -> None:
-    value = getattr(tokens, name)
-    if value is not None:
-        object.__setattr__(tokens, name, convert(value))
+    ```python
+    with TokenFile("clip.safetensors") as file:
+        file.index.lengths, file.index.fps  # all but the tokens themselves
+        file.block(1000)  # i32[length]: codes of one block
+        part = file.select(1000, 1016)  # Tokens
+    ```
 
+    **Arguments:**
 
-def _read_only(name: str, value: Any, dtype: type[np.generic]) -> np.ndarray:
-    given = np.asarray(value)
-    fits = np.can_cast(given.dtype, dtype, "same_kind")
-    array = given.astype(dtype if fits else given.dtype)
-    if not fits or (np.issubdtype(dtype, np.integer) and not np.array_equal(array, given)):
-        raise ValueError(f"{name} of type {given.dtype} does not fit into {np.dtype(dtype)}")
-    array.flags.writeable = False
-    return array
+    - `path`: of the file, which stays open until `close` or the end of a `with` statement.
 
+    **Raises:** `TokenFileError` if the file is damaged, cut short, not a token file or of a newer
+    version; `OSError` if it cannot be opened.
+    """
 
-def _check_facts(tokens: Tokens) -> None:
-    for name, most in _LIMITS.items():
-        value = getattr(tokens, name)
-        if not 1 <= value <= most:
-            raise ValueError(f"{name} is {value}; it must be 1 to {most}")
-    check_rate(tokens.fps)
-    if tokens.bits_per_token is not None and not 0 <= tokens.bits_per_token < math.inf:
-        raise ValueError(f"bits_per_token is {tokens.bits_per_token}; it must be 0 or more")
-    if tokens.picture and tokens.frames != 1:
-        raise ValueError(f"a picture has 1 frame; {tokens.frames} were given")
-    if not tokens.fingerprint:
-        raise ValueError("fingerprint is empty; it must name the model that made the tokens")
+    def __init__(self, path: str | Path):
+        self._container = Container(Path(path))
+        try:
+            self._name, self._index, self._checks = _open(self._container)
+        except BaseException:
+            self.close()
+            raise
+        self._ends = self._index.ends
 
+    @property
+    def index(self) -> TokenIndex:
+        """All that is known of the blocks, without their tokens."""
+        return self._index
 
-def _check_values(tokens: Tokens) -> None:
-    if (tokens.codes is None) == (tokens.latents is None):
-        raise ValueError("give codes or latents: one of them, and not both")
-    discrete = tokens.codes is not None
-    if discrete != (tokens.codebook_size is not None):
-        raise ValueError("codebook_size goes with codes and must be None for latents")
-    if discrete != (tokens.bits_per_token is not None):
-        raise ValueError("bits_per_token goes with codes and must be None for latents")
-    values, ranks = tokens.values, (1, 2) if discrete else (2,)
-    if values.ndim not in ranks or 0 in values.shape:
-        raise ValueError(f"tokens of shape {values.shape}; give (kept,) or (kept, streams or dim)")
-    kind = tokens.kind  # checks its numbers
-    if isinstance(kind, Latents):
-        if not np.isfinite(values).all():
-            raise ValueError("latents are not finite; the model or its input holds NaN or infinity")
-    elif values.min() < 0 or values.max() >= kind.codebook_size:
-        raise ValueError(
-            f"codes from {values.min()} to {values.max()} for a code book of {kind.codebook_size}"
-        )
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return self._index.blocks
 
+    def block(self, index: int) -> np.ndarray:
+        """The kept tokens of one block, as in `codes` or `latents`.
 
-def _check_blocks(tokens: Tokens) -> None:
-    lengths = tokens.lengths
-    blocks = -(-tokens.frames // tokens.frames_per_block)
-    for name in ("lengths", *_PER_BLOCK, "seconds"):
-        array = getattr(tokens, name)
-        if array is not None and array.shape != (blocks,):
-            raise ValueError(
-                f"{name} has shape {array.shape}; {tokens.frames} frames in blocks of "
-                f"{tokens.frames_per_block} are {blocks} blocks"
+        **Raises:** `IndexError` if there is no such block; `TokenFileError` if it is damaged.
+        """
+        index = range(len(self))[index]
+        return self._convert(self._read(index, index + 1))
+
+    def select(self, start: int, stop: int) -> Tokens:
+        """The blocks from `start` on and before `stop`, counted from 0 in this file.
+
+        **Raises:** `ValueError` unless `0 <= start < stop <= len(file)`; `TokenFileError` if one of
+        them is damaged.
+        """
+        part = self._index.select(start, stop)
+        return _tokens(part, self._convert(self._read(start, stop)))
+
+    def tokens(self) -> Tokens:
+        """Everything in the file, which is checked as a whole.
+
+        **Raises:** `TokenFileError` if something is damaged.
+        """
+        stored = self._read(0, len(self))
+        self._container.check_all({self._name: stored})
+        return _tokens(self._index, self._convert(stored))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._container.close()
+
+    def __enter__(self) -> "TokenFile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Codes or latents as they are stored, with the right checksums."""
+        ends = self._ends[start : stop + 1]
+        stored = self._container.rows(self._name, int(ends[0]), int(ends[-1]))
+        wrong = _checksums(stored, ends - ends[0]) != self._checks[start:stop]
+        if wrong.any():
+            raise TokenFileError(
+                f"{self._container.path} is damaged: block {start + int(np.argmax(wrong))} does "
+                "not have the checksum that it was written with; copy or encode it again"
             )
-    if lengths.min() < tokens.shortest or lengths.max() > tokens.tokens_per_block:
-        raise ValueError(
-            f"lengths from {lengths.min()} to {lengths.max()}; these blocks allow "
-            f"{tokens.shortest} to {tokens.tokens_per_block}"
-        )
-    if lengths.sum(dtype=np.int64) != len(tokens.values):
-        raise ValueError(
-            f"lengths sum to {lengths.sum(dtype=np.int64)}, but {len(tokens.values)} tokens are "
-            "there"
-        )
-    for name in ("encoder_evaluations", "decoder_evaluations"):
-        if getattr(tokens, name).min() < 0:
-            raise ValueError(f"{name} are negative: {getattr(tokens, name).min()}")
-    if np.any(tokens.met & ~(tokens.losses < math.inf)):
-        raise ValueError("a loss that is NaN or infinite cannot have met its threshold")
+        return stored
+
+    def _convert(self, stored: np.ndarray) -> np.ndarray:
+        try:
+            check_values(self._index.kind, stored)
+            return read_only(self._name, stored, _VALUES[self._name])
+        except ValueError as error:
+            raise _contradiction(self._container.path, error) from error
+
+
+def _open(container: Container) -> tuple[str, TokenIndex, np.ndarray]:
+    """Which values a file has, what it says of them, and the blocks' checksums."""
+    path, facts, layouts = container.path, dict(container.facts), container.layouts
+    name = "latents" if "latents" in layouts else "codes"
+    _check_names(path, "facts", facts.keys(), _FACTS.keys())
+    _check_names(path, "arrays", layouts.keys(), {*_PER_BLOCK, "lengths", "checksums", name})
+    for fact, types in _FACTS.items():
+        if type(facts[fact]) not in types:
+            raise TokenFileError(f"{path} is foreign: its {fact} is {facts[fact]!r}")
+    kind = facts.pop("kind")
+    if kind not in ("picture", "clip"):
+        raise TokenFileError(f"{path} holds a {kind!r}; this elastictok knows picture and clip")
+    arrays = dict(container.arrays)
+    checks, values = arrays.pop("checksums"), layouts[name]
+    fields: dict[str, Any] = {**facts, **arrays}
+    try:
+        _check_stored(name, values.dtype, facts["codebook_size"])
+        index = TokenIndex(row=values.shape[1:], picture=kind == "picture", **fields)
+        _check_kept(index, values.shape[0])
+        if checks.dtype != np.uint32 or checks.shape != index.lengths.shape:
+            raise ValueError(f"checksums of type {checks.dtype} have shape {checks.shape}")
+    except ValueError as error:
+        raise _contradiction(path, error) from error
+    return name, index, checks
+
+
+def _contradiction(path: Path, error: ValueError) -> TokenFileError:
+    return TokenFileError(f"{path} contradicts itself: {error}")
+
+
+def _check_stored(name: str, dtype: np.dtype, codebook_size: int | None) -> None:
+    if (name == "codes") != (codebook_size is not None):
+        raise ValueError("codebook_size goes with codes and must be None for latents")
+    if dtype.kind != "u" if name == "codes" else dtype != np.float32:
+        raise ValueError(f"{name} of type {dtype}; they are unsigned integers, or float32 latents")
+
+
+def _check_kept(index: TokenIndex, kept: int) -> None:
+    if index.kept != kept:
+        raise ValueError(f"lengths sum to {index.kept}, but {kept} tokens are there")
+
+
+def _tokens(index: TokenIndex, values: np.ndarray) -> Tokens:
+    fields = {name: getattr(index, name) for name in _INDEX}
+    continuous = index.codebook_size is None
+    return Tokens(
+        codes=None if continuous else values, latents=values if continuous else None, **fields
+    )
+
+
+def _checksums(stored: np.ndarray, ends: Int64[np.ndarray, "ends"]) -> np.ndarray:
+    """`u32[blocks]`, CRC-32 of the bytes of each block; `ends` as of [`TokenIndex`][]."""
+    raw = np.ascontiguousarray(stored).reshape(-1).view(np.uint8).data
+    row = len(raw) // len(stored)
+    bounds = (ends * row).tolist()
+    checks = [zlib.crc32(raw[a:b]) for a, b in itertools.pairwise(bounds)]
+    return np.array(checks, np.uint32)
+
+
+def _places(lengths: np.ndarray) -> np.ndarray:
+    """For each token its place in its block."""
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    return np.arange(lengths.sum(dtype=np.int64)) - np.repeat(starts, lengths)
 
 
 def _check_names(path: str | Path, what: str, given: Iterable[str], wanted: Iterable[str]) -> None:
