@@ -1,6 +1,7 @@
 """What inference needs of a tokenizer: any that keeps a prefix of a block's tokens will do."""
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar, final
 
@@ -102,6 +103,11 @@ class ElasticCodec(abc.ABC, Generic[EncoderState, DecoderState]):
     def fingerprint(self) -> str:
         """Hexadecimal digest of everything that decides what tokens mean, weights included."""
 
+    @property
+    def lanes(self) -> int:
+        """Blocks that it likes to be given at once, in `encode_batch` and `decode_batch`."""
+        return 1
+
     @abc.abstractmethod
     def tokens_per_block(self, height: int, width: int) -> int:
         """Tokens of a block of frames of a size that `patch` divides."""
@@ -152,3 +158,23 @@ class ElasticCodec(abc.ABC, Generic[EncoderState, DecoderState]):
 
         **Returns:** `u8[frames_per_block height width 3]` and the state.
         """
+
+    def encode_batch(
+        self, requests: Sequence[tuple[np.ndarray, int, EncoderState]]
+    ) -> list[tuple[np.ndarray, EncoderState]]:
+        """`encode` for several blocks that do not depend on each other: of other clips, or the same
+        block at other lengths. One after another, unless a subclass does better.
+
+        **Arguments:**
+
+        - `requests`: the arguments of `encode` for each; frames and states of one size and window.
+
+        **Returns:** what `encode` gives for each, the very same.
+        """
+        return [self.encode(*request) for request in requests]
+
+    def decode_batch(
+        self, requests: Sequence[tuple[np.ndarray, int, DecoderState]]
+    ) -> list[tuple[np.ndarray, DecoderState]]:
+        """`decode` for several blocks that do not depend on each other; see `encode_batch`."""
+        return [self.decode(*request) for request in requests]

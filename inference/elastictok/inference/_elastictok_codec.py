@@ -1,8 +1,9 @@
 """`ElasticTok` as an `ElasticCodec`."""
 
 import os
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import final
+from typing import Any, final
 
 import equinox as eqx
 import jax
@@ -38,12 +39,33 @@ class ElasticTokCodec(ElasticCodec[Stream, Stream]):
     model structure, frame size and window. The length is an array in them, so that no length
     compiles anything. They are two functions, not one, so that decoding a file runs the very
     program whose pixels were measured when it was made.
+
+    Each runs `lanes` blocks at once, and always as many, so that the number of blocks at hand
+    compiles nothing either: blocks of a batch go through it `lanes` at a time, and lanes that are
+    left over in the last group do what is not used.
     """
 
     model: ElasticTok
 
-    def __init__(self, model: ElasticTok):
+    def __init__(self, model: ElasticTok, *, lanes: int | None = None):
+        """**Arguments:**
+
+        - `model`: the model.
+        - `lanes`: blocks that go through it at once. By default 1 on a CPU, which a single block
+          keeps busy (benchmarks/results/inference.md), and 8 elsewhere. Pixels can differ in the
+          last bit between codecs with different lanes.
+
+        **Raises:** `ValueError` if `lanes` is below 1.
+        """
+        if lanes is not None and lanes < 1:
+            raise ValueError(f"lanes is {lanes}; at least 1 block goes through the model at once")
         self.model = model
+        on_cpu = jax.default_backend() == "cpu"
+        self._lanes = (1 if on_cpu else 8) if lanes is None else lanes
+
+    @property
+    def lanes(self) -> int:
+        return self._lanes
 
     @property
     def size(self) -> tuple[int, int]:
@@ -135,13 +157,8 @@ class ElasticTokCodec(ElasticCodec[Stream, Stream]):
 
         **Raises:** `FloatingPointError` if a kept latent is not finite.
         """
-        values, finite, state = _encode(self.model, jnp.asarray(pixels), _scalar(length), state)
-        if not finite:
-            raise FloatingPointError(
-                "the encoder's latents are not finite: the model's weights hold NaN or infinity, "
-                "or its compute precision overflows"
-            )
-        return np.asarray(values), state
+        (result,) = self.encode_batch([(pixels, length, state)])
+        return result
 
     def decode(
         self, values: np.ndarray, length: int, state: Stream
@@ -150,13 +167,46 @@ class ElasticTokCodec(ElasticCodec[Stream, Stream]):
 
         **Raises:** `FloatingPointError` if a pixel is not finite.
         """
-        pixels, finite, state = _decode(self.model, jnp.asarray(values), _scalar(length), state)
-        if not finite:
+        (result,) = self.decode_batch([(values, length, state)])
+        return result
+
+    def encode_batch(
+        self, requests: Sequence[tuple[np.ndarray, int, Stream]]
+    ) -> list[tuple[np.ndarray, Stream]]:
+        """See `ElasticCodec.encode_batch`.
+
+        **Raises:** `FloatingPointError` if a kept latent is not finite.
+        """
+        return self._run(_encode, requests, "the encoder's latents")
+
+    def decode_batch(
+        self, requests: Sequence[tuple[np.ndarray, int, Stream]]
+    ) -> list[tuple[np.ndarray, Stream]]:
+        """See `ElasticCodec.decode_batch`.
+
+        **Raises:** `FloatingPointError` if a pixel is not finite.
+        """
+        return self._run(_decode, requests, "the decoder's pixels")
+
+    def _run(
+        self, program: Any, requests: Sequence[tuple[np.ndarray, int, Stream]], what: str
+    ) -> list[tuple[np.ndarray, Stream]]:
+        results = []
+        for first in range(0, len(requests), self.lanes):
+            group = list(requests[first : first + self.lanes])
+            full = group + group[-1:] * (self.lanes - len(group))
+            arrays, lengths, states = zip(*full, strict=True)
+            lengths = jnp.asarray(np.array(lengths, np.int32))
+            results += program(self.model, tuple(map(jnp.asarray, arrays)), lengths, states)[
+                : len(group)
+            ]
+        # Not before all were started: a device goes on while the host fetches.
+        if not all(finite for _, finite, _ in results):
             raise FloatingPointError(
-                "the decoder's pixels are not finite: the model's weights hold NaN or infinity, "
-                "or its compute precision overflows"
+                f"{what} are not finite: the model's weights hold NaN or infinity, or its compute "
+                "precision overflows"
             )
-        return np.asarray(pixels), state
+        return [(np.asarray(array), state) for array, _, state in results]
 
 
 def memory() -> int | None:
@@ -175,12 +225,41 @@ def as_codec(model: ElasticTok | ElasticCodec) -> ElasticCodec:
     return ElasticTokCodec(model) if isinstance(model, ElasticTok) else model
 
 
-def _scalar(length: int) -> Int32[Array, ""]:
-    return jnp.asarray(np.int32(length))
+@eqx.filter_jit
+def _encode(
+    model: ElasticTok,
+    pixels: tuple[UInt8[Array, "frames height width 3"], ...],
+    lengths: Int32[Array, "lanes"],
+    states: tuple[Stream, ...],
+) -> list[tuple[Array, Bool[Array, ""], Stream]]:
+    return _lanes(lambda *one: _encode_one(model, *one), pixels, lengths, states)
 
 
 @eqx.filter_jit
-def _encode(
+def _decode(
+    model: ElasticTok,
+    values: tuple[Int32[Array, "tokens *streams"] | Float32[Array, "tokens dim"], ...],
+    lengths: Int32[Array, "lanes"],
+    states: tuple[Stream, ...],
+) -> list[tuple[Array, Bool[Array, ""], Stream]]:
+    return _lanes(lambda *one: _decode_one(model, *one), values, lengths, states)
+
+
+def _lanes(
+    one: Callable[..., tuple[Array, Bool[Array, ""], Stream]],
+    arrays: tuple[Array, ...],
+    lengths: Int32[Array, "lanes"],
+    states: tuple[Stream, ...],
+) -> list[tuple[Array, Bool[Array, ""], Stream]]:
+    """A function of one block over several at once."""
+    if len(arrays) == 1:
+        return [one(arrays[0], lengths[0], states[0])]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(arrays, states, strict=True))
+    out = jax.vmap(lambda lane, length: one(lane[0], length, lane[1]))(stacked, lengths)
+    return [jax.tree.map(lambda leaf, at=at: leaf[at], out) for at in range(len(arrays))]
+
+
+def _encode_one(
     model: ElasticTok,
     pixels: UInt8[Array, "frames height width 3"],
     length: Int32[Array, ""],
@@ -198,8 +277,7 @@ def _encode(
     return values, finite, Stream(cache.encoder, state.window, state.height, state.width)
 
 
-@eqx.filter_jit
-def _decode(
+def _decode_one(
     model: ElasticTok,
     values: Int32[Array, "tokens *streams"] | Float32[Array, "tokens dim"],
     length: Int32[Array, ""],

@@ -1,9 +1,8 @@
 """From frames to tokens and back."""
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, final
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import final
 
 import equinox as eqx
 import numpy as np
@@ -14,8 +13,10 @@ from elastictok.models import ElasticTok
 from ._codec import ElasticCodec, Latents
 from ._elastictok_codec import as_codec
 from ._frames import check_frames, fitted_size, multiple, pad, resize, to_rgb
-from ._strategies import AbstractStrategy, Allocation, Block, allocate
+from ._strategies import AbstractStrategy, Block
+from ._streams import DecoderState, EncoderState, FrameStream, TokenStream
 from ._tokens import Tokens, check_rate
+from ._walk import Chosen, Cut, State, Walk, run, run_side_by_side, walk
 
 # Tokens of a block, against those at the codec's own size, beyond which it is surely a mistake.
 _TIMES_TRAINED = 4
@@ -30,16 +31,6 @@ class _Geometry:
     fitted: tuple[int, int]
     padded: tuple[int, int]
     tokens: int  # of a block
-
-
-@final
-@dataclass(frozen=True)
-class _Probed:
-    """What a probe leaves behind besides its loss: the tokens, and the states after the block."""
-
-    values: np.ndarray
-    encoder: Any
-    decoder: Any
 
 
 @final
@@ -128,44 +119,160 @@ class Tokenizer(eqx.Module):
 
         **Raises:** `ValueError` for other input, or if a block had more tokens than `limit`.
         """
-        check_frames(frames)
+        (tokens,) = self.encode_batch([frames], [fps])
+        return tokens
+
+    def encode_batch(
+        self,
+        clips: Sequence[np.ndarray],
+        fps: Sequence[float | int | None] | None = None,
+    ) -> list[Tokens]:
+        """Tokens of several pictures or clips of any sizes and lengths.
+
+        What is found is equal to encoding each alone, unless the strategy plans over all of them
+        (`Budget`). Clips of one size go through the codec side by side, as many as it has lanes;
+        one that is finished makes room for the next. `seconds` of a block are its share of the time
+        that it took.
+
+        **Arguments:**
+
+        - `clips`: see `encode`.
+        - `fps`: of each.
+
+        **Raises:** `ValueError` for input that `encode` refuses, before any is encoded.
+        """
+        rates = [None] * len(clips) if fps is None else list(fps)
+        if len(rates) != len(clips):
+            raise ValueError(f"fps has {len(rates)} values for {len(clips)} clips; give one each")
+        sources = []
+        for frames, rate in zip(clips, rates, strict=True):
+            check_frames(frames)
+            check_rate(rate)
+            sources.append(_Clip(self, frames, self._geometry(*frames.shape[1:3])))
+        plans = self.strategy.plan([clip.blocks for clip in sources])
+        found: list[Tokens | None] = [None] * len(clips)
+        groups: dict[tuple, list[int]] = {}
+        for index, clip in enumerate(sources):
+            groups.setdefault((clip.geometry.padded, clip.window), []).append(index)
+        for group in groups.values():
+            walks = [
+                lambda index=index: sources[index].walk(None if plans is None else plans[index])
+                for index in group
+            ]
+            for place, blocks in run_side_by_side(self.codec, walks, self.codec.lanes):
+                clip, index = sources[group[place]], group[place]
+                facts = clip.window, rates[index], len(clips[index]) == 1
+                found[index] = self._tokens(blocks, clip.geometry, *facts)
+        return [tokens for tokens in found if tokens is not None]
+
+    def stream(
+        self,
+        frames: Iterable[np.ndarray],
+        *,
+        fps: float | int | None = None,
+        state: EncoderState | None = None,
+        end: bool = True,
+    ) -> TokenStream:
+        """Tokens block after block, each as soon as its frames are there.
+
+        Memory does not grow with the number of frames: a block sees `window - 1` blocks before it.
+        `Tokens.join` of all parts is what `encode` gives for the whole clip, bit for bit, where
+        that has the same window (`encode` takes no more than the clip fills). How the frames are
+        cut into pieces makes no difference.
+
+        **Arguments:**
+
+        - `frames`: any iterable, endless ones too, of frames `u8[height width channels]` or pieces
+          `u8[frames height width channels]`, all of one size.
+        - `fps`: frames per second, to be kept with the tokens.
+        - `state`: to go on where another stream stopped: its `state`.
+        - `end`: when `frames` are at an end, so is the stream: what is left over is encoded as the
+          last, unfinished block. If false, it stays in the state for the next stream to go on with.
+
+        **Returns:** an iterator over `Tokens` of one block each, with the `state` after the last.
+
+        **Raises:** while it runs, `ValueError` for frames that `encode` refuses, or of another
+        size; for a strategy that plans over whole clips; for a state of another codec.
+        """
         check_rate(fps)
-        geometry = self._geometry(frames.shape[1], frames.shape[2])
-        blocks = -(-frames.shape[0] // self.codec.frames_per_block)
-        window = min(self.window, _capacity(blocks))
-        results, seconds = zip(*self._blocks(frames, geometry, window), strict=True)
-        kind = self.codec.kind
-        values = np.concatenate([r.result for r in results])
-        probed = np.array([r.probed for r in results], np.int32)
-        return Tokens(
-            codes=None if isinstance(kind, Latents) else values,
-            latents=values if isinstance(kind, Latents) else None,
-            lengths=np.array([r.length for r in results], np.int32),
-            losses=np.array([r.loss for r in results], np.float64),
-            met=np.array([r.met for r in results], np.bool_),
-            monotone=np.array([r.monotone for r in results], np.bool_),
-            encoder_evaluations=probed,
-            decoder_evaluations=probed,
-            frames=frames.shape[0],
-            height=geometry.fitted[0],
-            width=geometry.fitted[1],
-            original_height=geometry.original[0],
-            original_width=geometry.original[1],
-            fps=fps,
-            picture=frames.shape[0] == 1,
-            tokens_per_block=geometry.tokens,
-            frames_per_block=self.codec.frames_per_block,
-            min_tokens=self.codec.min_tokens,
-            codebook_size=None if isinstance(kind, Latents) else kind.codebook_size,
-            bits_per_token=self.codec.bits_per_token,
-            window=window,
-            fingerprint=self.codec.fingerprint,
-            seconds=np.array(seconds, np.float64),
+        return TokenStream(
+            lambda height, width: self.start(height, width, fps),
+            lambda state, frames, end: self.push(state, frames, end=end),
+            self.codec.frames_per_block,
+            frames,
+            state,
+            end,
         )
 
-    def encode_batch(self, clips: Sequence[np.ndarray]) -> list[Tokens]:
-        """Tokens of several pictures or clips of any sizes; equal to encoding each alone."""
-        return [self.encode(clip) for clip in clips]
+    def start(self, height: int, width: int, fps: float | int | None = None) -> EncoderState:
+        """The state of a stream of frames of a size, before its first frame.
+
+        **Raises:** `ValueError` if a block had more tokens than `limit`.
+        """
+        check_rate(fps)
+        geometry = self._geometry(height, width)
+        return EncoderState(
+            walk=self._start(geometry, self.window),
+            original=geometry.original,
+            fitted=geometry.fitted,
+            padded=geometry.padded,
+            window=self.window,
+            fps=fps,
+            blocks=0,
+            pending=np.zeros((0, *geometry.fitted, 3), np.uint8),
+            recent=(),
+            fingerprint=self.codec.fingerprint,
+        )
+
+    def push(
+        self, state: EncoderState, frames: np.ndarray, *, end: bool = False
+    ) -> tuple[list[Tokens], EncoderState]:
+        """More frames of a stream: the blocks that they complete, and the next state.
+
+        **Arguments:**
+
+        - `state`: from `start`, or the last push. It stays as it is.
+        - `frames`: `u8[frames height width channels]` of the stream's size; there may be none.
+        - `end`: they are the last: encodes what does not fill a block, its last frame repeated.
+
+        **Raises:** `ValueError` for frames of another size, a state of another codec, or a strategy
+        that plans over whole clips.
+        """
+        state.check(self.codec, self.window)
+        pending = state.pending
+        if len(frames):
+            check_frames(frames)
+            if frames.shape[1:3] != state.original:
+                raise ValueError(
+                    f"frames of {frames.shape[1]}x{frames.shape[2]} pixels in a stream of "
+                    f"{state.original[0]}x{state.original[1]} (height x width); start another one"
+                )
+            pending = np.concatenate([pending, self._resized(frames, state.fitted)])
+        size = self.codec.frames_per_block
+        ready = len(pending) if end else len(pending) // size * size
+        geometry = _Geometry(
+            state.original,
+            state.fitted,
+            state.padded,
+            self.codec.tokens_per_block(*state.padded),
+        )
+        recent = list(state.recent)
+        cuts = (
+            self._cut(pending[first : first + size][: ready - first], geometry, recent)
+            for first in range(0, ready, size)
+        )
+        parts: list[Tokens] = []
+        runner = run(self.codec, walk(self.codec, self.strategy, cuts, state.walk))
+        while True:
+            try:
+                chosen = next(runner)
+            except StopIteration as stop:
+                after = stop.value
+                break
+            facts = state.window, state.fps, False, state.blocks + len(parts)
+            parts.append(self._tokens([chosen], geometry, *facts))
+        # A copy: what is left must not hold on to all that was pushed.
+        return parts, state.moved(after, len(parts), pending[ready:].copy(), tuple(recent))
 
     def decode(self, tokens: Tokens) -> UInt8[np.ndarray, "frames height width 3"]:
         """Frames of the fitted size, without padding and repeated frames; a picture is one frame.
@@ -174,66 +281,164 @@ class Tokenizer(eqx.Module):
         machine like this one. The tokens' own window is used.
 
         **Raises:** `TokenFileError` if another model made the tokens; `ValueError` if they have
-        more tokens per block than `limit`, or a window larger than this tokenizer's and the clip.
+        more tokens per block than `limit`, a window larger than this tokenizer's and the clip, or
+        begin in the middle of a stream (see `decode_stream`).
+        """
+        return np.concatenate(list(self.decode_stream([tokens])))
+
+    def decode_stream(
+        self,
+        tokens: Iterable[Tokens],
+        *,
+        state: DecoderState | None = None,
+        approximate: bool = False,
+    ) -> FrameStream:
+        """Frames block after block.
+
+        Pixels depend on all earlier blocks: each layer sees the window, so that history reaches
+        back `layers * (window - 1)` blocks. Starting in the middle of a stream is therefore exact
+        only from the state that decoding had there.
+
+        **Arguments:**
+
+        - `tokens`: consecutive parts of one stream, of any number of blocks each.
+        - `state`: of a decoding stream just before the first part: its `state`.
+        - `approximate`: start in the middle without a state, as if the first part began its stream.
+          The stream's `exact` is false then, as is that of every state that comes of it.
+
+        **Returns:** an iterator over `u8[frames height width 3]` of one block each, with the
+        `state` after the last, and `exact`.
+
+        **Raises:** while it runs, as `decode`; `ValueError` if parts are not consecutive.
+        """
+        return FrameStream(
+            lambda first: self.start_decoding(first, approximate=approximate),
+            self.decode_block,
+            tokens,
+            state,
+        )
+
+    def start_decoding(self, tokens: Tokens, *, approximate: bool = False) -> DecoderState:
+        """The decoder's state before the first block of these tokens.
+
+        **Raises:** as `decode_stream`.
         """
         tokens.check(self.codec)
-        geometry = self._padded(
-            (tokens.original_height, tokens.original_width), tokens.height, tokens.width
-        )
+        if tokens.first_block and not approximate:
+            raise ValueError(
+                f"these tokens begin with block {tokens.first_block} of their stream, and pixels "
+                "depend on the blocks before it; give the decoder's state from there, decode from "
+                "the beginning, or pass approximate=True to decode_stream"
+            )
+        geometry = self._of_tokens(tokens)
+        # A part of a stream does not say how much is to come.
         if tokens.window > max(self.window, _capacity(tokens.blocks)):
             raise ValueError(
                 f"the tokens were made with a window of {tokens.window} blocks, and this tokenizer "
                 f"reserves memory for {self.window}; pass window={tokens.window}"
             )
-        state = self.codec.decoder_state(tokens.window, *geometry.padded)
-        frames = []
-        for index in range(tokens.blocks):
-            kept = tokens.block(index)
-            values = self.codec.kind.zeros(geometry.tokens)
-            values[: len(kept)] = kept
-            pixels, state = self.codec.decode(values, len(kept), state)
-            frames.append(pixels[:, : tokens.height, : tokens.width])
-        return np.concatenate(frames)[: tokens.frames]
+        return DecoderState(
+            decoder=self.codec.decoder_state(tokens.window, *geometry.padded),
+            padded=geometry.padded,
+            window=tokens.window,
+            blocks=tokens.first_block,
+            exact=tokens.first_block == 0,
+            fingerprint=self.codec.fingerprint,
+        )
 
-    def _blocks(
-        self, frames: np.ndarray, geometry: _Geometry, window: int
-    ) -> Iterator[tuple[Allocation[np.ndarray], float]]:
-        """Each block's allocation, its result the kept tokens, and the seconds it took."""
-        encoder = self.codec.encoder_state(window, *geometry.padded)
-        decoder = self.codec.decoder_state(window, *geometry.padded)
-        for first in range(0, frames.shape[0], self.codec.frames_per_block):
-            start = time.perf_counter()
-            truth = self.fit(frames[first : first + self.codec.frames_per_block])
-            chosen = self._allocate(truth, geometry, encoder, decoder)
-            encoder, decoder = chosen.result.encoder, chosen.result.decoder
-            # Without the states: there is one of each at a time, however long the clip.
-            facts = chosen.length, chosen.loss, chosen.met, chosen.monotone, chosen.probed
-            yield Allocation(*facts, chosen.result.values), time.perf_counter() - start
+    def decode_block(
+        self, tokens: Tokens, index: int, state: DecoderState
+    ) -> tuple[UInt8[np.ndarray, "frames height width 3"], DecoderState]:
+        """Frames of one block of these tokens, and the state after it.
 
-    def _allocate(
-        self, truth: np.ndarray, geometry: _Geometry, encoder: Any, decoder: Any
-    ) -> Allocation[_Probed]:
-        """Lets the strategy probe one block. Every probe starts from the same states."""
-        count, height, width = truth.shape[:3]
+        **Raises:** `TokenFileError` or `ValueError` if the state is not that before this block.
+        """
+        state.check(tokens, index)
+        kept = tokens.block(index)
+        values = self.codec.kind.zeros(tokens.tokens_per_block)
+        values[: len(kept)] = kept
+        pixels, decoder = self.codec.decode(values, len(kept), state.decoder)
+        count = min(tokens.frames_per_block, tokens.frames - index * tokens.frames_per_block)
+        return pixels[:count, : tokens.height, : tokens.width], state.moved(decoder)
+
+    def _tokens(
+        self,
+        blocks: Sequence[Chosen],
+        geometry: _Geometry,
+        window: int,
+        fps: float | int | None,
+        picture: bool,
+        first_block: int = 0,
+    ) -> Tokens:
+        kind = self.codec.kind
+        values = np.concatenate([block.values for block in blocks])
+        found = [block.allocation for block in blocks]
+        return Tokens(
+            codes=None if isinstance(kind, Latents) else values,
+            latents=values if isinstance(kind, Latents) else None,
+            lengths=np.array([each.length for each in found], np.int32),
+            losses=np.array([each.loss for each in found], np.float64),
+            met=np.array([each.met for each in found], np.bool_),
+            monotone=np.array([each.monotone for each in found], np.bool_),
+            measured=np.array([each.measured for each in found], np.bool_),
+            encoder_evaluations=np.array([b.encoder_evaluations for b in blocks], np.int32),
+            decoder_evaluations=np.array([b.decoder_evaluations for b in blocks], np.int32),
+            frames=sum(block.frames for block in blocks),
+            height=geometry.fitted[0],
+            width=geometry.fitted[1],
+            original_height=geometry.original[0],
+            original_width=geometry.original[1],
+            fps=fps,
+            picture=picture,
+            tokens_per_block=geometry.tokens,
+            frames_per_block=self.codec.frames_per_block,
+            min_tokens=self.codec.min_tokens,
+            codebook_size=None if isinstance(kind, Latents) else kind.codebook_size,
+            bits_per_token=self.codec.bits_per_token,
+            window=window,
+            fingerprint=self.codec.fingerprint,
+            first_block=first_block,
+            seconds=np.array([block.seconds for block in blocks], np.float64),
+        )
+
+    def _start(self, geometry: _Geometry, window: int) -> State:
+        return State(
+            self.codec.encoder_state(window, *geometry.padded),
+            self.codec.decoder_state(window, *geometry.padded),
+        )
+
+    def _cut(self, truth: np.ndarray, geometry: _Geometry, recent: list[np.ndarray]) -> Cut:
+        """A block of fitted frames made ready.
+
+        **Arguments:**
+
+        - `recent`: padded pixels of the blocks before that the strategy wants; moved on here.
+        """
         pixels = pad(truth, self.codec.frames_per_block, *geometry.padded)
+        recent.append(pixels)
+        block = Block(
+            min(self.codec.min_tokens, geometry.tokens),
+            geometry.tokens,
+            pixels=np.concatenate(recent) if len(recent) > 1 else pixels,
+            frames_per_block=self.codec.frames_per_block,
+        )
+        del recent[: max(0, len(recent) - self.strategy.history)]
+        return Cut(truth, pixels, block)
 
-        def probe(length: int) -> tuple[float, _Probed]:
-            values, after = self.codec.encode(pixels, length, encoder)
-            # What a decoder that has only the kept tokens is given.
-            kept = self.codec.kind.zeros(geometry.tokens)
-            kept[:length] = values[:length]
-            decoded, then = self.codec.decode(kept, length, decoder)
-            loss = self.strategy.criterion(truth, decoded[:count, :height, :width])
-            return float(loss), _Probed(kept[:length], after, then)
-
-        block = Block(min(self.codec.min_tokens, geometry.tokens), geometry.tokens)
-        return allocate(self.strategy, block, probe)
+    def _resized(
+        self, frames: np.ndarray, size: tuple[int, int]
+    ) -> UInt8[np.ndarray, "frames height width 3"]:
+        return resize(to_rgb(frames), *size)
 
     def _fitted(self, height: int, width: int) -> tuple[int, int]:
         return (height, width) if self.native else fitted_size(height, width, min(self.codec.size))
 
     def _geometry(self, height: int, width: int) -> _Geometry:
         return self._padded((height, width), *self._fitted(height, width))
+
+    def _of_tokens(self, tokens: Tokens) -> _Geometry:
+        original = tokens.original_height, tokens.original_width
+        return self._padded(original, tokens.height, tokens.width)
 
     def _padded(self, original: tuple[int, int], height: int, width: int) -> _Geometry:
         patch = self.codec.patch
@@ -247,6 +452,54 @@ class Tokenizer(eqx.Module):
                 f"shrink the frames, {remedy}, or pass limit={tokens}"
             )
         return _Geometry(original, (height, width), padded, tokens)
+
+
+@final
+class _Clip:
+    """A whole clip, fitted block by block when it is needed."""
+
+    def __init__(self, tokenizer: Tokenizer, frames: np.ndarray, geometry: _Geometry):
+        self._tokenizer, self._frames, self.geometry = tokenizer, frames, geometry
+        self._size = tokenizer.codec.frames_per_block
+        self.count = -(-len(frames) // self._size)
+        self.window = min(tokenizer.window, _capacity(self.count))
+
+    @property
+    def blocks(self) -> "_Blocks":
+        return _Blocks(self)
+
+    def walk(self, plan: Sequence[int] | None) -> Walk:
+        tokenizer = self._tokenizer
+        state = tokenizer._start(self.geometry, self.window)
+        return walk(tokenizer.codec, tokenizer.strategy, self.cuts(plan), state)
+
+    def cuts(self, plan: Sequence[int] | None = None) -> Iterator[Cut]:
+        """The blocks, one after another."""
+        recent: list[np.ndarray] = []
+        for index in range(self.count):
+            frames = self._frames[index * self._size : (index + 1) * self._size]
+            truth = self._tokenizer._resized(frames, self.geometry.fitted)
+            cut = self._tokenizer._cut(truth, self.geometry, recent)
+            if plan is not None:
+                cut = cut._replace(block=replace(cut.block, planned=int(plan[index])))
+            yield cut
+
+
+@final
+class _Blocks(Collection[Block]):
+    """What a strategy that plans is shown of a clip; pixels are made when they are looked at."""
+
+    def __init__(self, clip: _Clip):
+        self._clip = clip
+
+    def __len__(self) -> int:
+        return self._clip.count
+
+    def __iter__(self) -> Iterator[Block]:
+        return (cut.block for cut in self._clip.cuts())
+
+    def __contains__(self, block: object) -> bool:
+        return any(block is each for each in self)
 
 
 def _capacity(blocks: int) -> int:
