@@ -21,7 +21,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from elastictok.eval import LPIPS, VGG16, AbstractFeatures, AlexNet, load_lpips
+from elastictok.eval import (
+    LPIPS,
+    VGG16,
+    AbstractFeatures,
+    AlexNet,
+    LPIPSLoss,
+    load_lpips,
+    requirement,
+)
 from elastictok.models import ModelFileError, file_sha256
 
 README = Path(__file__).parents[2] / "eval" / "README.md"
@@ -312,6 +320,23 @@ def test_random_weights():
     assert float(distance(lpips, a, b)) > 0
     with pytest.raises(ValueError, match=r"heads are of \(64,\) channels.*AlexNet"):
         LPIPS(network, (jnp.ones(64),))
+
+
+def test_as_a_criterion_for_searches():
+    network = AlexNet(key=jax.random.key(0))
+    lpips = LPIPS(network, tuple(jnp.ones(width) for width in network.channels))
+    rng = np.random.default_rng(0)
+    truth, other = rng.integers(0, 256, (2, 3, *ALEX.size, 3), np.uint8)
+    criterion = LPIPSLoss(lpips, 0.1)
+    assert criterion(truth, truth) == pytest.approx(0, abs=1e-9)
+    pairs = zip(truth / 127.5 - 1, other / 127.5 - 1, strict=True)
+    each = [distance(lpips, a, b) for a, b in pairs]
+    assert criterion(truth, other) == pytest.approx(float(np.mean(each)), rel=1e-4)
+    assert criterion.meets(0.05)
+    assert not criterion.meets(0.2)
+    assert requirement(criterion) == "LPIPS ≤ 0.1"
+    with pytest.raises(ValueError, match="LPIPSLoss threshold is -1"):
+        LPIPSLoss(lpips, -1)
 
 
 @pytest.mark.parametrize(("kind", "least"), [(VGG16, 16), (AlexNet, 31)])

@@ -4,10 +4,11 @@ from typing import final
 
 import equinox as eqx
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, Float, UInt8
 
 from elastictok.inference import PSNR, AbstractCriterion, Criterion
 
+from ._lpips import LPIPS
 from ._metrics import ssim_gaussian
 
 
@@ -39,6 +40,42 @@ class SSIMLoss(AbstractCriterion):
         return 1.0 - ssim_gaussian(truth, reconstruction)
 
 
+@final
+class LPIPSLoss(AbstractCriterion):
+    """The learned perceptual distance of a block (`LPIPS`, mean over its frames).
+
+    **Arguments:**
+
+    - `lpips`: from `load_lpips`.
+    - `threshold`: 0 or more; 0.1 is a difference that is seen at a second look.
+    """
+
+    lpips: LPIPS
+    threshold: float = eqx.field(converter=float)
+
+    def __check_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise ValueError(
+                f"LPIPSLoss threshold is {self.threshold}; no distance is below 0: 0.1 is usual"
+            )
+
+    def __call__(
+        self,
+        truth: UInt8[np.ndarray, "frames height width 3"],
+        reconstruction: UInt8[np.ndarray, "frames height width 3"],
+    ) -> float:
+        # Frame by frame: one compilation for any number of frames, and the memory of one.
+        pairs = zip(truth, reconstruction, strict=True)
+        return float(np.mean([float(_distance(self.lpips, *pair)) for pair in pairs]))
+
+
+@eqx.filter_jit
+def _distance(
+    lpips: LPIPS, a: UInt8[Array, "height width 3"], b: UInt8[Array, "height width 3"]
+) -> Float[Array, ""]:
+    return lpips(a / 127.5 - 1.0, b / 127.5 - 1.0)
+
+
 def loss_name(criterion: AbstractCriterion) -> str:
     """A name for what a criterion measures."""
     if isinstance(criterion, Criterion):
@@ -52,4 +89,6 @@ def requirement(criterion: AbstractCriterion) -> str:
         return f"PSNR ≥ {-criterion.threshold:g} dB"
     if isinstance(criterion, SSIMLoss):
         return f"SSIM ≥ {1 - criterion.threshold:g}"
+    if isinstance(criterion, LPIPSLoss):
+        return f"LPIPS ≤ {criterion.threshold:g}"
     return f"{loss_name(criterion)} ≤ {criterion.threshold:g}"
