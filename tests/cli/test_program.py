@@ -26,6 +26,7 @@ from elastictok.models import load
         ("data",),
         ("data", "build"),
         ("data", "show"),
+        ("data", "tokenize"),
         ("train",),
         ("plan",),
         ("import-official",),

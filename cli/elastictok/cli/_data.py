@@ -15,7 +15,7 @@ Folder = str | os.PathLike[str]
 
 def build_data(command: DataBuild) -> None:
     """Builds, tells how far it is, and says what there is in the end."""
-    shard = _shard(command.shard)
+    shard = parse_shard(command.shard)
     megabytes = command.shard_megabytes
     settings = {
         "resolution": command.resolution,
@@ -28,7 +28,7 @@ def build_data(command: DataBuild) -> None:
     if command.runner is None:
         if command.runner_options:
             raise ValueError("--runner-options are for a --runner; name one")
-        teller = _Teller()
+        teller = Teller()
         try:
             built = build(
                 command.folders,
@@ -97,7 +97,11 @@ def _weight(text: str) -> tuple[Path, float | None]:
         ) from None
 
 
-def _shard(text: str) -> tuple[int, int]:
+def parse_shard(text: str) -> tuple[int, int]:
+    """The I and N of I/N.
+
+    **Raises:** `ValueError` for anything else.
+    """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or int(match[1]) >= int(match[2]):
         raise ValueError(
@@ -112,7 +116,7 @@ def _say_next(built: Built) -> None:
         print(f"elastictok train small --data {built.out} --out RUN")
 
 
-class _Teller:
+class Teller:
     """Progress for people: one line that changes on a terminal, a line every ten seconds else."""
 
     def __init__(self) -> None:

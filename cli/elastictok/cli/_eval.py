@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from elastictok.data import Clip, MediaReader, find_media
 from elastictok.eval import Evaluation, Item, share_settings, threshold_settings
 from elastictok.inference import MSE, FixedLength, Tokenizer
@@ -12,6 +10,7 @@ from elastictok.models import ElasticTok, load
 
 from ._commands import Eval
 from ._report import baselines_for, measured, publish
+from ._strategies import ENCODE_ONCE_NOTE, NOTE, comparison, evenly
 
 _SHOWN = 6
 
@@ -23,20 +22,30 @@ def evaluate_folders(command: Eval) -> None:
     tokenizer = Tokenizer(model, FixedLength(length=model.max_tokens))
     kinds = _read(command, command.data)
     fitted = _read(command, command.baseline_data) if command.baseline_data else kinds
+    given = {name: clips for name, clips in kinds.items() if clips}
     evaluations = [
         _measure(command, model, tokenizer, name, clips, fitted[name])
-        for name, clips in kinds.items()
-        if clips
+        for name, clips in given.items()
     ]
+    compared = [
+        comparison(command, tokenizer, name, [_item(clip) for clip in clips])
+        for name, clips in given.items()
+    ]
+    comparisons = [each for each in compared if each is not None]
     notes = [f"Model: {command.model}. Files: {', '.join(map(str, command.data))}."]
     if not command.baseline_data:
         notes.append(
             "The patch PCA and the block DCT were fitted to the very files they are measured on, "
             "which flatters them; --baseline-data names other ones."
         )
+    if comparisons:
+        notes.append(NOTE)
+        if "encode-once" in command.strategies:
+            notes.append(ENCODE_ONCE_NOTE)
     publish(
         evaluations,
         command.out,
+        comparisons=comparisons,
         title="ElasticTok evaluation",
         lead=f"{command.model} on {', '.join(map(str, command.data))}",
         notes=notes,
@@ -86,6 +95,4 @@ def _read(command: Eval, folders: Sequence[Path]) -> dict[str, list[Clip]]:
 def _evenly(paths: Sequence[Path], most: int) -> list[Path]:
     if most < 1:
         raise ValueError(f"--max-items is {most}; it must be at least 1")
-    if len(paths) <= most:
-        return list(paths)
-    return [paths[i] for i in np.linspace(0, len(paths) - 1, most).round().astype(int)]
+    return evenly(paths, most)

@@ -1,7 +1,8 @@
 """What `demo` and `eval` share: measuring pictures and clips, the report and the printed table."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from elastictok.eval import (
     Item,
     Patch,
     Setting,
+    StrategyComparison,
     Video,
     build_report,
     evaluate,
@@ -22,6 +24,7 @@ from elastictok.eval import (
     format_table,
     quality_table,
     side_by_side,
+    strategy_table,
     write_json,
     write_report,
 )
@@ -59,11 +62,15 @@ def measured(
     keep: int,
 ) -> Evaluation:
     """`evaluate` under a progress bar."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        total = len(items) * (len(settings) + len(baselines))
-        task = bar.add_task(f"measuring {name}", total=total)
+    total = len(items) * (len(settings) + len(baselines))
+    with progress_bar(f"measuring {name}") as advance:
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            advance(done / total)
+
         return evaluate(
             tokenizer,
             items,
@@ -71,8 +78,17 @@ def measured(
             baselines=baselines,
             name=name,
             keep=keep,
-            progress=lambda: bar.advance(task),
+            progress=step,
         )
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Callable[[float], None]]:
+    """A bar on the terminal; what it gives is to be called with the share that is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(text, total=1.0)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def publish(
@@ -82,6 +98,7 @@ def publish(
     title: str,
     lead: str,
     notes: Sequence[str],
+    comparisons: Sequence[StrategyComparison] = (),
 ) -> None:
     """Writes report.html, evaluation.json and videos of the kept clips; prints the tables.
 
@@ -90,6 +107,7 @@ def publish(
     - `evaluations`: the first rows of each are printed.
     - `out`: an existing folder.
     - `title`, `lead`, `notes`: of the report.
+    - `comparisons`: of strategies.
     """
     videos = {}
     (out / "reconstructions").mkdir(exist_ok=True)
@@ -103,9 +121,13 @@ def publish(
             write_clip(path, side_by_side(sample.truth, shown.frames), sample.fps or 8.0)
             caption = f"Left: truth. Right: {row.name}."
             videos[sample.item] = Video(path.read_bytes(), caption)
-    report = build_report(evaluations, title=title, lead=lead, notes=notes, videos=videos)
+    report = build_report(
+        evaluations, title=title, lead=lead, notes=notes, videos=videos, comparisons=comparisons
+    )
     write_report(report, out / "report.html")
-    write_json(evaluations, out / "evaluation.json")
+    write_json(evaluations, out / "evaluation.json", comparisons)
     for evaluation in evaluations:
         print(format_table(quality_table(evaluation)))
+    for comparison in comparisons:
+        print(f"\n{format_table(strategy_table(comparison))}")
     sys.stdout.flush()

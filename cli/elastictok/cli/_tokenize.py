@@ -1,34 +1,30 @@
 """`elastictok data tokenize`."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import jax
 
 from elastictok.data import Clip, TokenRecord, tokenize
-from elastictok.inference import MSE, Binary, FixedLength, Tokenizer, Tokens
-from elastictok.models import load
+from elastictok.inference import SCORER_FILE, Tokenizer, Tokens
+from elastictok.models import file_sha256, load
 
 from ._commands import DataTokenize
 from ._data import Teller, parse_shard
+from ._lengths import check_lengths, make_strategy
 
 
 def tokenize_data(command: DataTokenize) -> None:
     """Tokenizes on all devices of this machine, tells how far it is, and says what there is in the
     end."""
     shard = parse_shard(command.shard)
+    check_lengths(command.lengths)
     devices = jax.local_devices()
     # A device that is not named is the only one.
     encoders = [_Encoder(command, device) for device in (devices if len(devices) > 1 else [None])]
-    tokenizer = encoders[0].tokenizer
-    settings = {
-        "model": tokenizer.codec.fingerprint,
-        "threshold": command.threshold,
-        "length": command.length,
-        "window": tokenizer.window,
-        "native": command.native,
-    }
+    settings = _settings(command, encoders[0].tokenizer)
     teller = Teller()
     try:
         made = tokenize(
@@ -68,17 +64,22 @@ class _Encoder:
 
 
 def _tokenizer(command: DataTokenize) -> Tokenizer:
-    if (command.threshold is None) == (command.length is None):
-        raise ValueError(
-            "give either --threshold (fewest tokens that meet a mean squared error, such as 0.003) "
-            "or --length (tokens of each block, such as 40)"
-        )
-    if command.length is not None:
-        strategy = FixedLength(length=command.length)
-    else:
-        assert command.threshold is not None
-        strategy = Binary(MSE(command.threshold))
-    return Tokenizer(load(command.model), strategy, window=command.window, native=command.native)
+    model = load(command.model)
+    strategy = make_strategy(command.lengths, model)
+    return Tokenizer(model, strategy, window=command.window, native=command.native)
+
+
+def _settings(command: DataTokenize, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Whatever changes the tokens."""
+    lengths: dict[str, Any] = dataclasses.asdict(command.lengths)
+    if lengths["regressor"] is not None:  # what it is, and not where
+        lengths["regressor"] = file_sha256(lengths["regressor"] / SCORER_FILE)
+    return {
+        "model": tokenizer.codec.fingerprint,
+        **lengths,
+        "window": tokenizer.window,
+        "native": command.native,
+    }
 
 
 def _record(key: str, clip: Clip, tokens: Tokens) -> TokenRecord:

@@ -5,54 +5,37 @@ from rich.console import Console
 from rich.table import Table
 
 from elastictok.data import CLIPS, read_media, write_clip, write_picture
-from elastictok.inference import (
-    MSE,
-    AbstractStrategy,
-    Binary,
-    FixedLength,
-    Full,
-    Tokenizer,
-    Tokens,
-)
+from elastictok.inference import FixedLength, TokenFile, TokenIndex, Tokenizer, Tokens
 from elastictok.models import load
 
 from ._commands import Decode, Encode, Inspect
+from ._lengths import check_lengths, make_strategy
 
 _DEFAULT_FPS = 8.0
 
 
 def encode(command: Encode) -> None:
     """Writes the token file of a picture or clip, and says what it took."""
-    strategy = _strategy(command)
     if command.out.suffix != ".safetensors":
         raise ValueError(
             f"{command.out} does not end in .safetensors; token files do: give another name"
         )
+    lengths = command.lengths
+    check_lengths(lengths)
+    model = load(command.model)
     tokenizer = Tokenizer(
-        load(command.model), strategy, window=command.window, native=command.native
+        model, make_strategy(lengths, model), window=command.window, native=command.native
     )
     clip = read_media(command.input, fps=command.fps, max_frames=command.max_frames)
     tokens = tokenizer.encode(clip.frames, clip.fps)
     tokens.save(command.out)
-    print(f"{command.out}: {_summary(tokens)}")
-    missed = int(np.sum(~tokens.met))
-    if command.threshold is not None and missed:
+    print(f"{command.out}: {_summary(tokens.index)}")
+    missed = int(np.sum(~tokens.met & tokens.measured))
+    if lengths.threshold is not None and missed:
+        limit = "" if lengths.regressor else " even with all their tokens"
         print(
-            f"{missed} of {tokens.blocks} blocks miss the threshold of {command.threshold:g} even "
-            "with all their tokens"
+            f"{missed} of {tokens.blocks} blocks miss the threshold of {lengths.threshold:g}{limit}"
         )
-
-
-def _strategy(command: Encode) -> AbstractStrategy:
-    if command.length is not None and command.threshold is None:
-        return FixedLength(length=command.length)
-    if command.threshold is not None and command.length is None:
-        search = Full if command.exhaustive else Binary
-        return search(MSE(command.threshold))
-    raise ValueError(
-        "give either --threshold (fewest tokens that meet a mean squared error, such as 0.02) or "
-        "--length (tokens of each block, such as 40)"
-    )
 
 
 def decode(command: Decode) -> None:
@@ -77,38 +60,57 @@ def decode(command: Decode) -> None:
 
 
 def inspect(command: Inspect) -> None:
-    """Prints what a token file says of itself, and its tokens per block."""
-    tokens = Tokens.load(command.input)
+    """Prints what a token file says of itself, and its tokens per block.
+
+    Codes and latents are not read, so a file may have any size.
+    """
+    with TokenFile(command.input) as file:
+        index = file.index
     size = command.input.stat().st_size
-    kind = "picture" if tokens.picture else f"clip of {tokens.frames} frames"
-    fps = "" if tokens.fps is None else f", {tokens.fps:g} frames/s"
     table = Table(show_header=False, box=None, pad_edge=False)
     rows = {
-        "file": f"{command.input}, {size:,} bytes",
-        "content": f"{kind}, {tokens.width}x{tokens.height}{fps}",
-        "original size": f"{tokens.original_width}x{tokens.original_height}",
-        "model": tokens.fingerprint,
-        "blocks": f"{tokens.blocks} of {tokens.frames_per_block} frames, window {tokens.window}",
-        "tokens": _lengths(tokens),
-        "values": _values(tokens),
-        "bits": _bits(tokens),
-        "loss": _losses(tokens),
-        "network passes": f"{int(tokens.evaluations.sum())}",
+        "file": f"{command.input}, {size:,} bytes, {8 * size / _pixels(index):.4f} bits per pixel",
+        "content": _content(index),
+        "original size": f"{index.original_width}x{index.original_height}",
+        "model": index.fingerprint,
+        "blocks": f"{index.blocks} of {index.frames_per_block} frames, window {index.window}",
+        "tokens": _lengths(index),
+        "values": _values(index),
+        "bits": _bits(index),
+        "loss": _losses(index),
+        "measured": _measured(index),
+        "network passes": f"{int(index.evaluations.sum())}",
     }
+    if index.first_block:
+        rows["first block"] = f"{index.first_block}: a part of a stream, counted from 0"
     for name, value in rows.items():
         table.add_row(name, value)
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    console.print(_bar(tokens))
+    console.print(_bar(index))
 
 
-def _summary(tokens: Tokens) -> str:
+def _summary(tokens: TokenIndex) -> str:
     blocks = "1 block" if tokens.blocks == 1 else f"{tokens.blocks} blocks"
     losses = _losses(tokens)
     return f"{int(tokens.lengths.sum())} tokens in {blocks}, {_bits(tokens)}, {losses}"
 
 
-def _lengths(tokens: Tokens) -> str:
+def _content(tokens: TokenIndex) -> str:
+    size = f"{tokens.width}x{tokens.height}"
+    if tokens.picture:
+        return f"picture, {size}"
+    rate = "frames/s not known"
+    if tokens.fps is not None:
+        rate = f"{tokens.fps:g} frames/s, {tokens.frames / tokens.fps:.2f} seconds"
+    return f"clip of {tokens.frames} frames, {size}, {rate}"
+
+
+def _pixels(tokens: TokenIndex) -> int:
+    return tokens.frames * tokens.height * tokens.width
+
+
+def _lengths(tokens: TokenIndex) -> str:
     lengths = tokens.lengths
     return (
         f"{int(lengths.sum())} of {tokens.blocks * tokens.tokens_per_block}: "
@@ -117,29 +119,34 @@ def _lengths(tokens: Tokens) -> str:
     )
 
 
-def _values(tokens: Tokens) -> str:
+def _values(tokens: TokenIndex) -> str:
     if tokens.codebook_size is None:
-        return f"latents of {tokens.values.shape[1]} numbers, not quantized"
-    streams = 1 if tokens.values.ndim == 1 else tokens.values.shape[1]
+        return f"latents of {tokens.row[0]} numbers, not quantized"
+    streams = tokens.row[0] if tokens.row else 1
     each = "" if streams == 1 else f"{streams} per token, each "
     return f"codes, {each}one of {tokens.codebook_size:,}"
 
 
-def _bits(tokens: Tokens) -> str:
+def _bits(tokens: TokenIndex) -> str:
     if tokens.bits is None:
         return "bits per pixel n/a (not quantized)"
-    pixels = tokens.frames * tokens.height * tokens.width
-    return f"{tokens.bits:,.0f} bits, {tokens.bits / pixels:.4f} bits per pixel"
+    return f"{tokens.bits:,.0f} bits, {tokens.bits / _pixels(tokens):.4f} bits per pixel"
 
 
-def _losses(tokens: Tokens) -> str:
+def _losses(tokens: TokenIndex) -> str:
     measured = tokens.losses[np.isfinite(tokens.losses)]
     if not len(measured):
         return "loss not measured"
     return f"mean loss of a block {measured.mean():.5f}, {int(tokens.met.sum())} met"
 
 
-def _bar(tokens: Tokens) -> str:
+def _measured(tokens: TokenIndex) -> str:
+    count = int(tokens.measured.sum())
+    rest = tokens.blocks - count
+    return f"{count} of {tokens.blocks} blocks" + (f", {rest} not" if rest else "")
+
+
+def _bar(tokens: TokenIndex) -> str:
     """One line of the tokens per block, for clips that fit into it."""
     if tokens.blocks < 2:
         return ""

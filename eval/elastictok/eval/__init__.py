@@ -19,7 +19,8 @@ from ._baselines import (
     fit_patch_pca,
 )
 from ._charts import Chart, Level, Line, render_chart
-from ._criteria import SSIMLoss, requirement
+from ._comparison import StrategyComparison, StrategyResult
+from ._criteria import LPIPSLoss, SSIMLoss, requirement
 from ._evaluate import (
     Item,
     Setting,
@@ -30,6 +31,7 @@ from ._evaluate import (
     share_settings,
     threshold_settings,
 )
+from ._json import to_json, write_json
 from ._lpips import LPIPS, VGG16, AbstractFeatures, AlexNet, load_lpips
 from ._metrics import (
     mse,
@@ -65,10 +67,10 @@ from ._results import (
     measure,
     satisfaction_of_fixed,
     satisfaction_of_search,
-    to_json,
-    write_json,
 )
 from ._scalar import Quantiser
+from ._strategies import Strategy, compare_strategies, spread_thresholds
+from ._strategy_summary import cost_chart, strategy_chart, strategy_charts, strategy_table
 from ._summary import (
     build_report,
     charts,
@@ -78,7 +80,7 @@ from ._summary import (
     quality_table,
     side_by_side,
 )
-from ._tables import Table, TableRow, format_table
+from ._tables import Table, TableGroup, TableRow, format_table
 
 __all__ = [
     "LPIPS",
@@ -93,6 +95,7 @@ __all__ = [
     "Evaluation",
     "ImageMean",
     "Item",
+    "LPIPSLoss",
     "Level",
     "Line",
     "Measurement",
@@ -110,8 +113,12 @@ __all__ = [
     "Share",
     "Shot",
     "Spent",
+    "Strategy",
+    "StrategyComparison",
+    "StrategyResult",
     "StreamUsage",
     "Table",
+    "TableGroup",
     "TableRow",
     "TransformCoder",
     "Video",
@@ -121,6 +128,8 @@ __all__ = [
     "charts",
     "clip_section",
     "codebook_usage",
+    "compare_strategies",
+    "cost_chart",
     "cost_table",
     "dct_matrix",
     "describe_device",
@@ -147,10 +156,14 @@ __all__ = [
     "satisfaction_of_search",
     "share_settings",
     "side_by_side",
+    "spread_thresholds",
     "ssim_gaussian",
     "ssim_gaussian_per_frame",
     "ssim_uniform",
     "ssim_uniform_per_frame",
+    "strategy_chart",
+    "strategy_charts",
+    "strategy_table",
     "threshold_settings",
     "to_json",
     "write_json",

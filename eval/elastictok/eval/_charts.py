@@ -9,25 +9,34 @@ from typing import TYPE_CHECKING, Any, final
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Matplotlib cannot say "the colour of the text around me", so it is given a colour that nothing
 # else has, which becomes `currentColor` afterwards: the chart then follows light and dark pages.
 _INK = "#010203"
-# Of middling lightness: readable on white and on black.
+# Of middling lightness: readable on white and on black. The last ones are harder to tell apart, and
+# every line has a marker of its own besides.
 _COLOURS = ("#3b78e7", "#d9730d", "#2f9e63", "#b254c4", "#c9414f", "#6b7f99")
+_COLOURS += ("#0f9aa8", "#a37a00", "#d4569b", "#7a8f2a")
+_MARKERS = "os^DvPX<>p"
+_DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 _LEVEL = "#8a8f98"
 # A longer name would leave no room for the plot.
 _LONGEST_NAME = 40
+# More lines than this have their names below the plot: inside it they would hide the curves.
+_MOST_NAMES_INSIDE = 3
+_NAMES_ABREAST = 3
 
 
 @final
 @dataclass(frozen=True)
 class Line:
-    """A measured curve: its name and its points."""
+    """A measured curve: its name and its points, `joined` unless they make no curve."""
 
     name: str
     x: tuple[float | int, ...]
     y: tuple[float | int, ...]
+    joined: bool = True
 
     def __post_init__(self):
         if len(self.x) != len(self.y) or not self.x:
@@ -52,6 +61,8 @@ class Chart:
 
     - `alt`: says in words what it shows.
     - `y_range`: of the vertical axis; None fits it to the curves and levels.
+    - `frontier`: a curve that the lines are held against, drawn as a broad band behind them.
+    - `ratios`: equal steps along the horizontal axis are equal ratios instead of differences.
     """
 
     title: str
@@ -61,6 +72,13 @@ class Chart:
     levels: tuple[Level, ...]
     alt: str
     y_range: tuple[float | int, float | int] | None = None
+    frontier: Line | None = None
+    ratios: bool = False
+
+    def __post_init__(self):
+        lines = self.lines if self.frontier is None else (self.frontier, *self.lines)
+        if self.ratios and any(x <= 0 for line in lines for x in line.x):
+            raise ValueError(f"{self.title!r} has ratios along an axis with x of 0 or less")
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -91,6 +109,80 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
 
 def _short(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
+def _names(chart: Chart) -> int:
+    return len(chart.lines) + (chart.frontier is not None)
+
+
+def _height(chart: Chart) -> float:
+    """In inches: room for names below the plot where there are many."""
+    below = _names(chart) if _names(chart) > _MOST_NAMES_INSIDE else 0
+    return 3.3 + 0.2 * -(-below // _NAMES_ABREAST)
+
+
+def _draw_lines(axes: "Axes", chart: Chart) -> None:
+    """The frontier as a band, and the lines on it."""
+    if chart.frontier is not None:
+        _draw(axes, chart.frontier, _INK, 9, marker="o", markersize=9, alpha=0.22, zorder=1.5)
+    for index, line in enumerate(chart.lines):
+        style: dict[str, Any] = {"markersize": 4}
+        if chart.frontier is not None:
+            # Strategies often find the very same: of rings around each other all can be seen.
+            rings = min(len(chart.lines) - 1 - index, 6)
+            style = {"markersize": 4 + 1.5 * rings, "markerfacecolor": "none"}
+        _draw(
+            axes,
+            line,
+            _COLOURS[index % len(_COLOURS)],
+            1.8,
+            dashes=_DASHES[index // len(_COLOURS) % len(_DASHES)],
+            marker=_MARKERS[index % len(_MARKERS)],
+            **style,
+        )
+
+
+def _draw(
+    axes: "Axes", line: Line, colour: str, width: float | int, dashes: Any = "-", **style: Any
+) -> None:
+    linestyle = dashes if line.joined else "none"
+    axes.plot(line.x, line.y, color=colour, linewidth=width, linestyle=linestyle, **style)
+    axes.lines[-1].set_label(_short(line.name))
+
+
+def _set_axes(axes: "Axes", chart: Chart) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    if chart.ratios:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.margins(y=0.08)
+    for level in chart.levels:
+        axes.update_datalim([(0, level.y)], updatex=False)
+    axes.autoscale_view(scalex=chart.ratios)
+    if chart.y_range is not None:
+        axes.set_ylim(*chart.y_range)
+    axes.set_xlabel(_short(chart.x_label), parse_math=False)
+    axes.set_ylabel(_short(chart.y_label), parse_math=False)
+    axes.grid(color=_LEVEL, alpha=0.2, linewidth=0.6)
+
+
+def _draw_names(figure: "Figure", axes: "Axes", chart: Chart) -> None:
+    if _names(chart) < 2:
+        return
+    if _names(chart) <= _MOST_NAMES_INSIDE:
+        legend = axes.legend(frameon=False, labelcolor=_INK)
+    else:
+        legend = figure.legend(
+            frameon=False, labelcolor=_INK, loc="outside lower center", ncols=_NAMES_ABREAST
+        )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _draw_levels(axes: "Axes", levels: Sequence[Level]) -> None:
@@ -131,7 +223,6 @@ def render_chart(chart: Chart) -> str:
     # Half a second to import, which nothing but a report needs. No pyplot: no global state.
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
@@ -147,30 +238,12 @@ def render_chart(chart: Chart) -> str:
         "axes.linewidth": 0.7,
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.6, 3.3), layout="constrained")
+        figure = Figure(figsize=(5.6, _height(chart)), layout="constrained")
         axes = figure.subplots()
-        for line, colour in zip(chart.lines, _cycle(len(chart.lines)), strict=True):
-            axes.plot(line.x, line.y, color=colour, marker="o", markersize=4, linewidth=1.8)
-            axes.lines[-1].set_label(_short(line.name))
-        axes.set_xlim(left=0)
-        axes.margins(y=0.08)
-        for level in chart.levels:
-            axes.update_datalim([(0, level.y)], updatex=False)
-        axes.autoscale_view(scalex=False)
-        if chart.y_range is not None:
-            axes.set_ylim(*chart.y_range)
-        axes.set_xlabel(_short(chart.x_label), parse_math=False)
-        axes.set_ylabel(_short(chart.y_label), parse_math=False)
-        axes.grid(color=_LEVEL, alpha=0.2, linewidth=0.6)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        if len(chart.lines) > 1:
-            for text in axes.legend(frameon=False, labelcolor=_INK).get_texts():
-                text.set_parse_math(False)
+        _draw_lines(axes, chart)
+        _set_axes(axes, chart)
+        _draw_names(figure, axes, chart)
         _draw_levels(axes, chart.levels)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
     return _inline(buffer.getvalue(), chart.alt)
-
-
-def _cycle(count: int) -> list[str]:
-    return [_COLOURS[index % len(_COLOURS)] for index in range(count)]

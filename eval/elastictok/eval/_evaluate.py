@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import final
@@ -146,27 +146,68 @@ def _with(tokenizer: Tokenizer, strategy: AbstractStrategy) -> Tokenizer:
     )
 
 
-def _through_tokenizer(
-    tokenizer: Tokenizer, item: Item, truth: np.ndarray
-) -> tuple[Measurement, Tokens, np.ndarray]:
+_Run = Iterator[tuple[Measurement, Reconstruction]]
+
+
+def _setting_run(
+    tokenizer: Tokenizer, setting: Setting, items: Sequence[Item], truths: Sequence[np.ndarray]
+) -> _Run:
+    """Encodes items together, then decodes one after another."""
+    tokenizer = _with(tokenizer, setting.strategy)
     start = time.perf_counter()
-    tokens = tokenizer.encode(item.frames, None if item.fps is None else float(item.fps))
-    encoded = time.perf_counter()
-    frames = tokenizer.decode(tokens)
-    decoded = time.perf_counter()
-    spent = Spent(
-        lengths=tuple(map(int, tokens.lengths)),
-        tokens_per_block=tokens.tokens_per_block,
-        frames_per_block=tokens.frames_per_block,
-        bits_per_token=tokens.bits_per_token,
-        losses=tuple(map(float, tokens.losses)),
-        met=tuple(map(bool, tokens.met)),
-        encoder_evaluations=int(tokens.encoder_evaluations.sum()),
-        decoder_evaluations=int(tokens.decoder_evaluations.sum()),
-        encode_seconds=encoded - start,
-        decode_seconds=decoded - encoded,
+    rates = [None if item.fps is None else float(item.fps) for item in items]
+    encoded = tokenizer.encode_batch([item.frames for item in items], rates)
+    seconds = _divided(time.perf_counter() - start, encoded)
+    for item, truth, tokens, encode_seconds in zip(items, truths, encoded, seconds, strict=True):
+        start = time.perf_counter()
+        frames = tokenizer.decode(tokens)
+        decode_seconds = time.perf_counter() - start
+        losses = _losses(setting.strategy.criterion, truth, frames, tokens)
+        spent = Spent(
+            lengths=tuple(map(int, tokens.lengths)),
+            tokens_per_block=tokens.tokens_per_block,
+            frames_per_block=tokens.frames_per_block,
+            bits_per_token=tokens.bits_per_token,
+            losses=losses,
+            met=tuple(map(setting.strategy.criterion.meets, losses)),
+            measured=tuple(map(bool, tokens.measured)),
+            encoder_evaluations=int(tokens.encoder_evaluations.sum()),
+            decoder_evaluations=int(tokens.decoder_evaluations.sum()),
+            encode_seconds=encode_seconds,
+            decode_seconds=decode_seconds,
+        )
+        measured = _measurement(item, truth, frames, tokens.bits, spent)
+        yield measured, Reconstruction(setting.name, frames, tokens)
+
+
+def _baseline_run(
+    baseline: AbstractBaseline, items: Sequence[Item], truths: Sequence[np.ndarray]
+) -> _Run:
+    for item, truth in zip(items, truths, strict=True):
+        frames = baseline(truth)
+        measured = _measurement(item, truth, frames, baseline.bits(*truth.shape[:3]), None)
+        yield measured, Reconstruction(baseline.label(), frames, None)
+
+
+def _divided(seconds: float, encoded: Sequence[Tokens]) -> list[float]:
+    """Wall-clock time of a call for several items, by what each took of it."""
+    if len(encoded) == 1:
+        return [seconds]
+    parts = np.array([0.0 if each.seconds is None else each.seconds.sum() for each in encoded])
+    return [float(part) for part in seconds * parts / parts.sum()]
+
+
+def _losses(
+    criterion: AbstractCriterion, truth: np.ndarray, frames: np.ndarray, tokens: Tokens
+) -> tuple[float, ...]:
+    """Of each block. What the strategy did not measure is measured here, on what came back."""
+    size = tokens.frames_per_block
+    return tuple(
+        float(tokens.losses[block])
+        if tokens.measured[block]
+        else float(criterion(truth[start : start + size], frames[start : start + size]))
+        for block, start in enumerate(range(0, len(truth), size))
     )
-    return _measurement(item, truth, frames, tokens.bits, spent), tokens, frames
 
 
 def _measurement(
@@ -191,6 +232,11 @@ class _Column:
         self.measurements: list[Measurement] = []
         self.tokens: list[Tokens] = []
 
+    def add(self, measured: Measurement, tokens: Tokens | None) -> None:
+        self.measurements.append(measured)
+        if tokens is not None:
+            self.tokens.append(tokens)
+
 
 def _setting_row(setting: Setting, column: _Column) -> Row:
     threshold = setting.strategy.criterion.threshold
@@ -208,11 +254,30 @@ def _baseline_row(baseline: AbstractBaseline, column: _Column) -> Row:
     return Row(baseline.label(), False, "", None, tuple(column.measurements), None)
 
 
-def _check(items: Sequence[Item], names: Sequence[str]) -> None:
+def _check(items: Sequence[Item], names: Sequence[str], together: int) -> None:
     if not items:
         raise ValueError("nothing to evaluate: give at least one picture or clip")
     if len(set(names)) < len(names):
         raise ValueError(f"two settings or baselines have the same name: {sorted(names)}")
+    if together < 1:
+        raise ValueError(f"{together} items are to be encoded together; at least 1 is")
+
+
+def _warm_up(
+    tokenizer: Tokenizer,
+    items: Sequence[Item],
+    truths: Sequence[np.ndarray],
+    compiled: set[tuple[int, ...]],
+) -> None:
+    """Compiles what these items need: that is, for their sizes and for the windows they fill."""
+    size = tokenizer.codec.frames_per_block
+    warm = _with(tokenizer, FixedLength(length=1))
+    for item, truth in zip(items, truths, strict=True):
+        blocks = min(-(-len(truth) // size), tokenizer.window)
+        needed = (*truth.shape[1:3], blocks)
+        if needed not in compiled:
+            warm.decode(warm.encode(item.frames[: blocks * size]))
+            compiled.add(needed)
 
 
 def evaluate(
@@ -223,14 +288,15 @@ def evaluate(
     baselines: Sequence[AbstractBaseline] = (),
     name: str = "evaluation",
     keep: int = 0,
+    together: int | None = None,
     progress: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Measures a tokenizer at several settings, and trivial coders beside it, on the same items.
 
     Reconstructions are compared with the items as the tokenizer sees them (`Tokenizer.fit`), and
-    the baselines are given the same. Seconds are wall-clock time of `Tokenizer.encode` (resizing
-    included) and `decode` for an item; what has to be compiled for a new size of frame is compiled
-    before, on one block that is not timed.
+    the baselines are given the same. Seconds are wall-clock time of encoding (resizing included)
+    and decoding for an item, or its share of it where several are encoded together; what has to be
+    compiled for a new size of frame or window is compiled before, on blocks that are not timed.
 
     Pictures and clips want separate calls: their tables differ in what a block costs, and so do
     their baselines.
@@ -243,6 +309,8 @@ def evaluate(
     - `baselines`: from `fit_baselines`, fitted to other material.
     - `name`: of the set of items, for titles.
     - `keep`: of so many items, the first ones, pixels and tokens are kept in `Evaluation.samples`.
+    - `together`: so many items go through `Tokenizer.encode_batch` at once, and strategies that
+        plan, plan over them; by default as many as the codec has lanes.
     - `progress`: called after each item at each setting and baseline, that is
         `len(items) * (len(settings) + len(baselines))` times.
 
@@ -252,39 +320,34 @@ def evaluate(
 
     **Raises:**
 
-    `ValueError` if there is no item, or two rows would have the same name.
+    `ValueError` if there is no item, two rows would have the same name, or `together` is below 1.
     """
     names = [*(setting.name for setting in settings), *(each.label() for each in baselines)]
-    _check(items, names)
+    size = tokenizer.codec.lanes if together is None else together
+    _check(items, names, size)
     columns = {each: _Column() for each in names}
-    samples, compiled = [], set()
-    for index, item in enumerate(items):
-        truth = tokenizer.fit(item.frames)
-        if truth.shape[1:3] not in compiled:
-            warm = _with(tokenizer, FixedLength(length=1))
-            warm.decode(warm.encode(item.frames[:1]))
-            compiled.add(truth.shape[1:3])
-        kept = []
-        for setting in settings:
-            column = columns[setting.name]
-            measured, tokens, frames = _through_tokenizer(
-                _with(tokenizer, setting.strategy), item, truth
+    samples: list[Sample] = []
+    compiled: set[tuple[int, ...]] = set()
+    for first in range(0, len(items), size):
+        group = items[first : first + size]
+        truths = [tokenizer.fit(item.frames) for item in group]
+        _warm_up(tokenizer, group, truths, compiled)
+        kept: list[list[Reconstruction]] = [[] for _ in group]
+        for run in (
+            *(_setting_run(tokenizer, setting, group, truths) for setting in settings),
+            *(_baseline_run(baseline, group, truths) for baseline in baselines),
+        ):
+            for reconstructions, (measured, reconstruction) in zip(kept, run, strict=True):
+                columns[reconstruction.row].add(measured, reconstruction.tokens)
+                reconstructions.append(reconstruction)
+                if progress is not None:
+                    progress()
+        samples += [
+            Sample(index, item.name, item.fps, item.cuts, truth, tuple(reconstructions))
+            for index, item, truth, reconstructions in zip(
+                range(first, keep), group, truths, kept, strict=False
             )
-            column.measurements.append(measured)
-            column.tokens.append(tokens)
-            kept.append(Reconstruction(setting.name, frames, tokens))
-            if progress is not None:
-                progress()
-        for baseline in baselines:
-            frames = baseline(truth)
-            bits = baseline.bits(*truth.shape[:3])
-            column = columns[baseline.label()]
-            column.measurements.append(_measurement(item, truth, frames, bits, None))
-            kept.append(Reconstruction(baseline.label(), frames, None))
-            if progress is not None:
-                progress()
-        if index < keep:
-            samples.append(Sample(index, item.name, item.fps, item.cuts, truth, tuple(kept)))
+        ]
     return Evaluation(
         name=name,
         device=describe_device(),

@@ -1,26 +1,17 @@
-"""What an evaluation found, as plain data: for each item, summed up, and as JSON."""
+"""What an evaluation found, as plain data: for each item, and summed up."""
 
-import dataclasses
-import json
-import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import numpy as np
 from jaxtyping import UInt8
 
 from elastictok.inference import Tokens
 
-from ._files import write_atomic
 from ._metrics import mse_per_frame, psnr, ssim_gaussian_per_frame, ssim_uniform_per_frame
 from ._rates import CodebookUsage, bits_per_pixel, bpp16
-
-FORMAT = "elastictok-evaluation"
-VERSION = 1
 
 
 @final
@@ -67,7 +58,8 @@ class Spent:
     - `lengths`: tokens kept of each block; `tokens_per_block`: the most it can keep.
     - `frames_per_block`: the last block may have fewer frames of the item.
     - `bits_per_token`: None for latents that are not quantized.
-    - `losses`, `met`: by the setting's criterion, block by block.
+    - `losses`, `met`: by the setting's criterion, block by block, of the frames that come back.
+    - `measured`: whether the strategy had measured that loss when it chose the length.
     - `encoder_evaluations`, `decoder_evaluations`: passes through each network while encoding.
     - `encode_seconds`, `decode_seconds`: wall-clock time, compilation left out.
     """
@@ -78,6 +70,7 @@ class Spent:
     bits_per_token: float | None
     losses: tuple[float, ...]
     met: tuple[bool, ...]
+    measured: tuple[bool, ...]
     encoder_evaluations: int
     decoder_evaluations: int
     encode_seconds: float
@@ -174,6 +167,19 @@ class Row:
         if not self.measurements:
             raise ValueError(f"{self.name!r} has no measurement: evaluate at least one item")
 
+    @property
+    def items(self) -> str:
+        """What was measured, in words: `120 items, 64x64`, or `9 items of 8 to 40 frames, ...`."""
+        sizes = {(m.height, m.width) for m in self.measurements}
+        frames = sorted({m.frames for m in self.measurements})
+        count = len(self.measurements)
+        size = "several sizes" if len(sizes) > 1 else "{}x{}".format(*sizes.pop())
+        items = f"{count} item{'' if count == 1 else 's'}"
+        if frames == [1]:
+            return f"{items}, {size}"
+        length = str(frames[0]) if len(frames) == 1 else f"{frames[0]} to {frames[-1]}"
+        return f"{items} of {length} frames, {size}"
+
     @cached_property
     def spent(self) -> tuple[Spent, ...]:
         """Of each item; empty for a baseline."""
@@ -268,6 +274,13 @@ class Row:
         return _mean([all(spent.met) for spent in self.spent])
 
     @property
+    def blocks_measured(self) -> float | None:
+        """Share of all blocks whose loss the strategy had measured when it chose their length."""
+        if not self.spent:
+            return None
+        return _mean([measured for spent in self.spent for measured in spent.measured])
+
+    @property
     def encoder_evaluations(self) -> float | None:
         """Mean encoder passes for a block, while encoding."""
         return self._per_block(lambda spent: spent.encoder_evaluations)
@@ -289,28 +302,6 @@ class Row:
     def decode_seconds(self) -> float | None:
         """Mean for an item."""
         return _mean([s.decode_seconds for s in self.spent]) if self.spent else None
-
-
-_FACTS = ("name", "searched", "loss", "threshold")
-_SUMMED = (
-    "rival",
-    "tokens",
-    "share_of_tokens",
-    "bits_per_pixel",
-    "bpp16",
-    "mse",
-    "psnr_per_frame",
-    "psnr_per_clip",
-    "psnr_dataset",
-    "ssim_gaussian",
-    "ssim_uniform",
-    "blocks_met",
-    "items_met",
-    "encoder_evaluations",
-    "decoder_evaluations",
-    "encode_seconds",
-    "decode_seconds",
-)
 
 
 @final
@@ -439,57 +430,3 @@ def satisfaction_of_fixed(rows: Sequence[Row], threshold: float | int) -> Satisf
             for row in rows
         ),
     )
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses as dictionaries, and numbers that JSON does not have as null."""
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return {name: _plain(part) for name, part in fields.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _row_facts(row: Row) -> dict[str, Any]:
-    measurements = [
-        {
-            **_plain(m),
-            "bits_per_pixel": m.bits_per_pixel,
-            "bpp16": m.bpp16,
-            "psnr_per_clip": _plain(psnr(m.mse)),
-        }
-        for m in row.measurements
-    ]
-    return {
-        **{name: _plain(getattr(row, name)) for name in _FACTS},
-        "summary": {name: _plain(getattr(row, name)) for name in _SUMMED},
-        "usage": _plain(row.usage),
-        "measurements": measurements,
-    }
-
-
-def to_json(evaluations: Sequence[Evaluation]) -> str:
-    """Evaluations as JSON: every row summed up and item by item.
-
-    A PSNR is null where it is infinite (its MSE is 0); every other null is a number that does not
-    apply.
-    """
-    found = [
-        {
-            **{name: getattr(evaluation, name) for name in ("name", "device", "fingerprint")},
-            "rows": [_row_facts(row) for row in evaluation.rows],
-        }
-        for evaluation in evaluations
-    ]
-    facts = {"format": FORMAT, "version": VERSION, "evaluations": found}
-    return json.dumps(facts, indent=1, allow_nan=False) + "\n"
-
-
-def write_json(evaluations: Sequence[Evaluation], path: str | os.PathLike[str]) -> Path:
-    """Writes `to_json` to a file, atomically; folders are made as needed."""
-    target = Path(path)
-    write_atomic(target, to_json(evaluations))
-    return target

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ._charts import Chart, Level, Line
+from ._comparison import StrategyComparison
 from ._metrics import psnr
 from ._report import ClipSection, PictureSection, Report, Shot, Video
 from ._results import (
@@ -17,6 +18,7 @@ from ._results import (
     satisfaction_of_fixed,
     satisfaction_of_search,
 )
+from ._strategy_summary import strategy_charts, strategy_table
 from ._tables import Table, TableRow, number, share
 
 _QUALITY_NOTE = (
@@ -36,20 +38,6 @@ _COST_NOTE = (
     "resizing included, compilation not. codes: distinct codes used over kept tokens; perplexity "
     "of their frequencies (several streams: one number each)."
 )
-
-
-def _size(evaluation: Evaluation) -> str:
-    """`120 items of 64x64`, or `9 items of 8 to 40 frames, several sizes`."""
-    measurements = evaluation.rows[0].measurements
-    sizes = {(m.height, m.width) for m in measurements}
-    frames = sorted({m.frames for m in measurements})
-    count = len(measurements)
-    size = "several sizes" if len(sizes) > 1 else "{}x{}".format(*sizes.pop())
-    items = f"{count} item{'' if count == 1 else 's'}"
-    if frames == [1]:
-        return f"{items}, {size}"
-    length = str(frames[0]) if len(frames) == 1 else f"{frames[0]} to {frames[-1]}"
-    return f"{items} of {length} frames, {size}"
 
 
 def quality_table(evaluation: Evaluation) -> Table:
@@ -73,7 +61,7 @@ def quality_table(evaluation: Evaluation) -> Table:
         )
         for row in evaluation.rows
     )
-    title = f"{evaluation.name}: {_size(evaluation)}"
+    title = f"{evaluation.name}: {evaluation.rows[0].items}"
     rivals = _RIVAL_NOTE if evaluation.baselines else ""
     return Table(title, columns, rows, _QUALITY_NOTE + rivals)
 
@@ -271,6 +259,7 @@ def build_report(
     lead: str = "",
     notes: Sequence[str] = (),
     videos: Mapping[str, Video] | None = None,
+    comparisons: Sequence[StrategyComparison] = (),
 ) -> Report:
     """Everything that evaluations found, as a report: tables, charts, kept pictures and clips.
 
@@ -280,16 +269,21 @@ def build_report(
     - `title`, `lead`: the heading and the line under it.
     - `notes`: what a reader should know to judge the numbers.
     - `videos`: an mp4 for a clip, by the item's name; `side_by_side` makes the frames.
+    - `comparisons`: of strategies, from `compare_strategies`: tables and charts of their own.
     """
     films = {} if videos is None else videos
     samples = [(evaluation, sample) for evaluation in evaluations for sample in evaluation.samples]
     quality = [quality_table(evaluation) for evaluation in evaluations]
     cost = [cost_table(evaluation) for evaluation in evaluations]
+    strategies = [strategy_table(comparison) for comparison in comparisons]
     return Report(
         title=title,
         lead=lead,
-        tables=(*_note_once(quality), *_note_once(cost)),
-        charts=tuple(chart for evaluation in evaluations for chart in charts(evaluation)),
+        tables=(*_note_once(quality), *_note_once(cost), *_note_once(strategies)),
+        charts=(
+            *(chart for evaluation in evaluations for chart in charts(evaluation)),
+            *(chart for comparison in comparisons for chart in strategy_charts(comparison)),
+        ),
         pictures=tuple(picture_section(e, s) for e, s in samples if len(s.truth) == 1),
         clips=tuple(
             section
