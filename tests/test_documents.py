@@ -23,7 +23,17 @@ def test_there_is_something_to_run():
     assert Path("README.md") in DOCUMENTS
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+# Trains, which takes half a minute.
+SLOW = {"generators"}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(path, marks=[pytest.mark.heavy] if path.stem in SLOW else [], id=str(path))
+        for path in DOCUMENTS
+    ],
+)
 def test_snippets_run_in_order(document, tmp_path, monkeypatch):
     import jax
 

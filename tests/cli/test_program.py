@@ -34,6 +34,7 @@ from elastictok.models import load
         ("decode",),
         ("inspect",),
         ("eval",),
+        ("train-regressor",),
         ("demo",),
     ],
 )

@@ -46,6 +46,7 @@ def test_digits_are_codes(example, model, clips):
         assert np.array_equal(np.concatenate(back), tokens.codes)
 
 
+@pytest.mark.heavy
 def test_the_generator_learns_and_what_it_makes_decodes(example, model, clips):
     vocabulary = example.vocabulary_for(model, clips[0])
     packed = pack([example.digits(model, tokens) for tokens in clips], vocabulary, 64)

@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg, subcommand
 Output = Annotated[Path, arg(aliases=("-o",))]
 Precision = Literal["float32", "bfloat16"]
 Remat = Literal["layers", "attention", "products", "none"]
+StrategyName = Literal["binary", "secant", "k-ary", "binned", "warm-start", "encode-once"]
 QuantizerName = Literal["fsq", "vae", "vq", "lfq", "residual"]
 
 
@@ -211,6 +212,29 @@ class ImportOfficial:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Who decides how many tokens a block gets: give --threshold or --length."""
+
+    threshold: float | None = None
+    """Give each block the fewest tokens whose mean squared error, pixels in [-1, 1], is at most
+    this: 0.02 is 23 dB, 0.003 is 31 dB."""
+    length: int | None = None
+    """Give each block this many tokens."""
+    search: Literal["warm-start", "binary", "exhaustive"] = "warm-start"
+    """With a threshold: from the length of the block before, by bisection, or by trying every
+    length, which alone finds the fewest tokens where more of them can make a block worse."""
+    encode_once: bool = False
+    """Run the encoder once for each block; for models trained with --condition-dropout."""
+    regressor: Path | None = None
+    """Folder that `train-regressor` made: take the lengths that it predicts for the threshold."""
+    alpha: float | None = None
+    """With --regressor: share of clips that may miss the threshold. Predictions are padded so far,
+    by its calibration; without, they are taken as they are."""
+    unverified: bool = False
+    """With --regressor: decode nothing, so that losses are not known."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Encode:
     """Turn a picture or clip into a token file."""
 
@@ -220,13 +244,7 @@ class Encode:
     """Model or run folder, or hf:owner/name."""
     out: Output
     """Token file to write, .safetensors."""
-    threshold: float | None = None
-    """Give each block the fewest tokens whose mean squared error, pixels in [-1, 1], is at most
-    this: 0.02 is 23 dB, 0.003 is 31 dB."""
-    length: int | None = None
-    """Give each block this many tokens."""
-    exhaustive: bool = False
-    """With a threshold: try every length instead of a binary search."""
+    lengths: Lengths = Lengths()
     fps: float | None = None
     """Frames per second to read a clip at; its own by default."""
     max_frames: int | None = None
@@ -296,11 +314,72 @@ class Eval:
     """Use no more than the first so many frames of a clip."""
     fps: float | None = 8.0
     """Frames per second to read clips at."""
+    strategies: tuple[StrategyName, ...] = (
+        "binary",
+        "k-ary",
+        "binned",
+        "warm-start",
+        "encode-once",
+    )
+    """Allocation strategies to compare with the exhaustive optimum, at every threshold and at some
+    in between."""
+    regressor: Path | None = None
+    """Folder that `train-regressor` made, to compare as well: its predictions as they are, and with
+    --alpha."""
+    alpha: float | None = None
+    """With --regressor: share of clips that may miss the threshold that it was calibrated for."""
+    strategy_items: int | None = None
+    """Compare them on no more than so many pictures, and as many clips, evenly chosen; 0 leaves it
+    out. By default 4, or as many as the exhaustive optimum is done with in ten minutes."""
+    strategy_frames: int = 16
+    """Compare them on no more than the first so many frames of a clip."""
 
     def run(self) -> None:
         from ._eval import evaluate_folders
 
         evaluate_folders(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRegressor:
+    """Train a small network that says how many tokens each block needs, without a search.
+
+    Leaves scorer.safetensors and calibration.json in the output folder, for Regressor.load.
+    """
+
+    model: Path
+    """Model or run folder, or hf:owner/name."""
+    data: tuple[Path, ...]
+    """Folders of pictures and clips to learn from."""
+    out: Output
+    """Folder to write."""
+    threshold: float = 0.003
+    """Mean squared error, pixels in [-1, 1], that a block has to meet."""
+    alpha: float = 0.1
+    """Share of the pictures and clips that may miss it in some block although all tokens would
+    meet it."""
+    calibration_data: tuple[Path, ...] = ()
+    """Folders of other pictures and clips, of the kind to be encoded later, that decide how far
+    predictions are padded to keep to alpha. By default a share of the data is held out."""
+    held_out: float = 0.3
+    """That share."""
+    context: int = 2
+    """Blocks that the network sees, the one at hand included."""
+    max_items: int = 200
+    """Use no more than so many pictures, and as many clips, evenly chosen."""
+    max_frames: int = 32
+    """Use no more than the first so many frames of a clip."""
+    fps: float | None = 8.0
+    """Frames per second to read clips at."""
+    steps: int = 800
+    """Training steps."""
+    seed: int = 0
+    """Of the weights, the order of the data, crops and what is held out."""
+
+    def run(self) -> None:
+        from ._regressor import train_regressor
+
+        train_regressor(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,10 +437,49 @@ class DataShow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-    """Build data sets and look at them."""
+class DataTokenize:
+    """Turn a data set, or a folder of pictures and clips, into a data set of tokens, to train
+    another model on. Called again after an interruption, it goes on."""
 
-    command: Annotated[DataBuild, subcommand("build")] | Annotated[DataShow, subcommand("show")]
+    data: Positional[Path]
+    """The folder that data build made, or one of pictures and clips."""
+    out: Positional[Path]
+    """Folder to make. Names what could not be used in rejected.tsv and damaged.tsv."""
+    model: Path
+    """Model or run folder, or hf:owner/name."""
+    lengths: Lengths = Lengths()
+    fps: float | None = None
+    """Frames per second to read clips at; their own by default."""
+    max_frames: int | None = None
+    """Read no more than the first so many frames of a clip."""
+    native: bool = False
+    """Keep the frames' size; by default the short side is resized to the model's."""
+    window: int | None = None
+    """Blocks that a block sees, itself included; the model's context by default."""
+    batch_size: int = 16
+    """The most pictures and clips that are encoded at once, on each device."""
+    shard: str = "0/1"
+    """I/N: do part I of N, counted from 0, for arrays of jobs on machines with a common file
+    system. The part that ends last completes the data set."""
+    shard_items: int | None = None
+    """Pictures and clips that go into one shard file; by default a 32nd of all, between 16 and
+    1024."""
+
+    def run(self) -> None:
+        from ._tokenize import tokenize_data
+
+        tokenize_data(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Build data sets, look at them, and turn them into tokens."""
+
+    command: (
+        Annotated[DataBuild, subcommand("build")]
+        | Annotated[DataShow, subcommand("show")]
+        | Annotated[DataTokenize, subcommand("tokenize")]
+    )
 
     def run(self) -> None:
         self.command.run()
@@ -377,4 +495,5 @@ COMMANDS = {
     "decode": Decode,
     "inspect": Inspect,
     "eval": Eval,
+    "train-regressor": TrainRegressor,
 }

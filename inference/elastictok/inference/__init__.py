@@ -18,7 +18,7 @@ from ._criteria import L1, MSE, PSNR, AbstractCriterion, Criterion
 from ._elastictok_codec import ElasticTokCodec
 from ._function_codec import FunctionCodec
 from ._index import TokenIndex
-from ._regressor import Regressor
+from ._regressor import CALIBRATION_FILE, SCORER_FILE, Regressor
 from ._scorer import SCORE_SHARES, AbstractScorer, Scorer, criterion_name
 from ._scorer_file import ScorerFileError
 from ._state_file import (
@@ -48,10 +48,12 @@ from ._tokenizer import Tokenizer
 from ._tokens import TokenFile, Tokens
 
 __all__ = [
+    "CALIBRATION_FILE",
     "L1",
     "MARGINS",
     "MSE",
     "PSNR",
+    "SCORER_FILE",
     "SCORE_SHARES",
     "AbstractCriterion",
     "AbstractScorer",

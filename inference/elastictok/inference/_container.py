@@ -8,7 +8,6 @@ import json
 import math
 import os
 import threading
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any, final
 
 import numpy as np
 import safetensors.numpy
+
+from ._sealed import write_bytes
 
 FORMAT = "elastictok.tokens"
 VERSION = 1
@@ -71,16 +72,7 @@ def write(path: Path, facts: Mapping[str, object], arrays: Mapping[str, np.ndarr
             f"the facts of these tokens take {header} bytes, and {MOST_HEADER} are allowed; "
             "shorten the fingerprint"
         )
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with beside.open("xb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    write_bytes(path, raw)
 
 
 @final

@@ -69,7 +69,10 @@ def read_sealed(kind: Kind, path: Path) -> tuple[dict[str, Any], dict[str, np.nd
             f"{path} is not a safetensors file, or is damaged or cut short ({error})"
         ) from error
     if text is None:
-        raise kind.error(f"{path} has no {kind.name!r} in its metadata: it is not {kind.what}")
+        raise kind.error(
+            f"{path} is a safetensors file without {kind.name!r} in its metadata: it is not "
+            f"{kind.what}, or is damaged"
+        )
     try:
         about = json.loads(text)
     except (ValueError, RecursionError) as error:

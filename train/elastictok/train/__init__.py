@@ -23,6 +23,7 @@ from ._optimizers import Constant, Cosine, adamw, matrices, muon
 from ._perceptual import Perceptual
 from ._pictures import Pictures
 from ._plan import Plan, blocks_of, plan, topology_devices
+from ._scorer import ScoreTarget, fit_scorer, score_targets
 from ._sharding import (
     RULES,
     OneDevice,
@@ -61,6 +62,7 @@ __all__ = [
     "Plan",
     "RecompilationError",
     "RunFolderError",
+    "ScoreTarget",
     "Sharded",
     "Stage",
     "Sum",
@@ -75,6 +77,7 @@ __all__ = [
     "default_optimizer",
     "default_quantizer_weight",
     "fit",
+    "fit_scorer",
     "fit_stages",
     "gather",
     "init_sharded",
@@ -86,6 +89,7 @@ __all__ = [
     "muon",
     "parse_mesh",
     "plan",
+    "score_targets",
     "shardings",
     "topology_devices",
     "train_step",
