@@ -1,5 +1,6 @@
 """`elastictok train-regressor`."""
 
+import json
 import re
 
 import numpy as np
@@ -11,9 +12,14 @@ from elastictok.inference import (
     MSE,
     Binary,
     Calibration,
+    EncodeOnce,
+    Full,
     Regressor,
     Scorer,
+    Secant,
     Tokenizer,
+    Tokens,
+    WarmStart,
     least_clips,
 )
 from elastictok.models import CellRotary, CoarseToFine, Patching, load, presets, save
@@ -126,3 +132,78 @@ def test_what_a_user_gets_wrong(folder, capsys, options, message):
     assert end.value.code == 2
     assert message in capsys.readouterr().err
     assert not (folder / "wrong").exists()
+
+
+@pytest.fixture(scope="module")
+def regressor(folder):
+    """A calibrated one."""
+    data, other = folder / "data", folder / "other"
+    options = ("--threshold", THRESHOLD, "--steps", 2, "--calibration-data", other, "--out")
+    arguments = ("--model", folder / "model", "--data", data, *options, folder / "calibrated")
+    main(["train-regressor", *map(str, arguments)])
+    return folder / "calibrated"
+
+
+def run(*arguments):
+    main(list(map(str, arguments)))
+
+
+def encoded(folder, *options):
+    out = folder / "x.safetensors"
+    run("encode", folder / "data" / "clip.mp4", "--model", folder / "model", *options, "-o", out)
+    return Tokens.load(out)
+
+
+def test_encode_by_every_search(folder, regressor, capsys):
+    model = load(folder / "model")
+    clip = read_media(folder / "data" / "clip.mp4")
+    criterion, goal = MSE(THRESHOLD), ("--threshold", THRESHOLD)
+    predicted = Regressor.load(regressor, model, criterion, alpha=0.1)
+    for options, strategy in (
+        ((), WarmStart(Secant(criterion))),
+        (("--search", "binary"), Binary(criterion)),
+        (("--search", "exhaustive"), Full(criterion)),
+        (("--search", "binary", "--encode-once"), EncodeOnce(Binary(criterion))),
+        (("--regressor", regressor), Regressor.load(regressor, model, criterion)),
+        (("--regressor", regressor, "--alpha", 0.1), predicted),
+    ):
+        tokens = encoded(folder, *goal, *options)
+        assert tokens == Tokenizer(model, strategy).encode(clip.frames, clip.fps)
+        assert tokens.measured.all()
+    told = encoded(folder, *goal, "--regressor", regressor, "--alpha", 0.1, "--unverified")
+    assert told.lengths.tolist() == tokens.lengths.tolist()
+    assert not told.measured.any()
+    assert told.decoder_evaluations.sum() == 0
+    capsys.readouterr()
+    run("inspect", folder / "x.safetensors")
+    assert "not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--length", 4, "--regressor", "R"), "predicts lengths for a --threshold"),
+        (("--threshold", 1, "--alpha", 0.1), "--alpha and --unverified are for a --regressor"),
+        (("--threshold", 1, "--unverified"), "--alpha and --unverified are for a --regressor"),
+        (("--threshold", 1, "--length", 4), "either --threshold"),
+        (("--threshold", 0.5, "--regressor", "R", "--alpha", 0.1), "of the threshold 1.0"),
+        (
+            ("--threshold", 1, "--regressor", "R", "--alpha", 0.1, "--window", 3),
+            "calibrated with a window of 1 blocks, and the window is 3",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(folder, regressor, capsys, options, message):
+    options = [regressor if option == "R" else option for option in options]
+    with pytest.raises(SystemExit):
+        encoded(folder, *options)
+    assert message in capsys.readouterr().err
+
+
+def test_eval_compares_it(folder, regressor, tmp_path, capsys):
+    options = ("--strategies", "binary", "--strategy-items", 2, "--max-items", 2)
+    options += ("--regressor", regressor, "--alpha", 0.1, "--threshold", THRESHOLD)
+    run("eval", "--model", folder / "model", "--data", folder / "other", "-o", tmp_path, *options)
+    results = json.loads((tmp_path / "evaluation.json").read_text())["comparisons"][0]["results"]
+    names = ["exhaustive optimum", "binary", "regressor", "regressor, alpha 0.1", "equal lengths"]
+    assert [each["strategy"] for each in results[:5]] == names

@@ -32,25 +32,37 @@ def check_lengths(lengths: Lengths) -> None:
         raise ValueError("--alpha and --unverified are for a --regressor; name its folder")
 
 
-def make_strategy(lengths: Lengths, model: ElasticTok) -> AbstractStrategy:
+def make_strategy(lengths: Lengths, model: ElasticTok, window: int | None) -> AbstractStrategy:
     """The strategy; see `check_lengths`.
 
-    **Raises:** `ScorerFileError` for a regressor that is damaged or of another model.
+    **Arguments:**
+
+    - `window`: blocks that a block will see; None for the model's context.
+
+    **Raises:** `ScorerFileError` for a regressor that is damaged or of another model; `ValueError`
+    if it was calibrated for another window or threshold.
     """
-    strategy = _search(lengths, model)
+    strategy = _search(lengths, model, model.context if window is None else window)
     return EncodeOnce(strategy) if lengths.encode_once else strategy
 
 
-def _search(lengths: Lengths, model: ElasticTok) -> AbstractStrategy:
+def _search(lengths: Lengths, model: ElasticTok, window: int) -> AbstractStrategy:
     if lengths.length is not None:
         return FixedLength(length=lengths.length)
     assert lengths.threshold is not None  # checked
     criterion = MSE(lengths.threshold)
     if lengths.regressor is not None:
         verify = not lengths.unverified
-        return Regressor.load(
+        regressor = Regressor.load(
             lengths.regressor, model, criterion, alpha=lengths.alpha, verify=verify
         )
+        known = regressor.calibration
+        if known is not None and known.window != window:
+            raise ValueError(
+                f"{lengths.regressor} was calibrated with a window of {known.window} blocks, and "
+                f"the window is {window}: what --alpha promises would not hold"
+            )
+        return regressor
     searches: dict[str, AbstractStrategy] = {
         "warm-start": WarmStart(Secant(criterion)),
         "binary": Binary(criterion),

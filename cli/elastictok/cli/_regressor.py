@@ -23,6 +23,7 @@ from elastictok.models import ElasticTok, load
 from elastictok.train import fit_scorer, score_targets
 
 from ._commands import TrainRegressor
+from ._strategies import evenly
 
 Clips = list[np.ndarray]
 
@@ -90,17 +91,11 @@ def _read(command: TrainRegressor, folders: Sequence[Path]) -> Clips:
     if command.max_items < 1:
         raise ValueError(f"--max-items is {command.max_items}; it must be at least 1")
     media = find_media(folders)
-    paths = [path for kind in (media.pictures, media.clips) for path in _some(command, kind)]
+    paths = [
+        path for kind in (media.pictures, media.clips) for path in evenly(kind, command.max_items)
+    ]
     reader = MediaReader(paths, fps=command.fps, max_frames=command.max_frames)
     return [clip.frames for clip in reader]
-
-
-def _some(command: TrainRegressor, paths: Sequence[Path]) -> list[Path]:
-    """Evenly chosen."""
-    if len(paths) <= command.max_items:
-        return list(paths)
-    places = np.linspace(0, len(paths) - 1, command.max_items).round().astype(int)
-    return [paths[i] for i in places]
 
 
 def _cropped(frames: np.ndarray, model: ElasticTok, seed: int) -> np.ndarray:

@@ -65,7 +65,7 @@ class _Encoder:
 
 def _tokenizer(command: DataTokenize) -> Tokenizer:
     model = load(command.model)
-    strategy = make_strategy(command.lengths, model)
+    strategy = make_strategy(command.lengths, model, command.window)
     return Tokenizer(model, strategy, window=command.window, native=command.native)
 
 

@@ -23,9 +23,8 @@ def encode(command: Encode) -> None:
     lengths = command.lengths
     check_lengths(lengths)
     model = load(command.model)
-    tokenizer = Tokenizer(
-        model, make_strategy(lengths, model), window=command.window, native=command.native
-    )
+    strategy = make_strategy(lengths, model, command.window)
+    tokenizer = Tokenizer(model, strategy, window=command.window, native=command.native)
     clip = read_media(command.input, fps=command.fps, max_frames=command.max_frames)
     tokens = tokenizer.encode(clip.frames, clip.fps)
     tokens.save(command.out)
