@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from elastictok.attention import AbstractMask, KeyValid, attention
+from elastictok.attention import AbstractMask, BlockCausal, attention
 
 from ._cells import Cells
 from ._execution import LOCAL, AbstractExecution
@@ -228,8 +228,9 @@ class Transformer(eqx.Module):
         positions = cache.count * tokens + jnp.arange(tokens)
         cos, sin = self.rotary(positions, cells, self.head_dim)
         slot = cache.count % cache.window
-        # Every block in the ring is this one or an earlier one: validity is all the mask there is.
-        mask = KeyValid(jnp.repeat(jnp.arange(cache.window) <= cache.count, tokens))
+        # Every block in the ring is this one or an earlier one, and those up to this one are there:
+        # as in a sequence in which this block stands in its slot, or at the end once all are full.
+        mask = BlockCausal(tokens, offset=tokens * jnp.minimum(cache.count, cache.window - 1))
 
         def step(x, inputs):
             layer, keys, values = inputs
