@@ -230,7 +230,7 @@ class Transformer(eqx.Module):
         slot = cache.count % cache.window
         # Every block in the ring is this one or an earlier one, and those up to this one are there:
         # as in a sequence in which this block stands in its slot, or at the end once all are full.
-        mask = BlockCausal(tokens, offset=tokens * jnp.minimum(cache.count, cache.window - 1))
+        mask = BlockCausal(block=tokens, offset=tokens * jnp.minimum(cache.count, cache.window - 1))
 
         def step(x, inputs):
             layer, keys, values = inputs
