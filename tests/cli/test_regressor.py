@@ -72,6 +72,7 @@ def answer(capsys, folder, *more, out="out"):
     return capsys.readouterr().out
 
 
+@pytest.mark.heavy
 def test_a_folder_that_encodes(folder, capsys):
     out = answer(capsys, folder, "--calibration-data", folder / "other", "--alpha", 0.1)
     assert "measured 11 blocks of 9 pictures and clips" in out

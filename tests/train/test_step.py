@@ -178,6 +178,7 @@ def test_lengths_are_drawn_anew_for_every_step_and_block():
     assert np.bincount(drawn.ravel())[1:].min() > 0.6 * drawn.size / 4
 
 
+@pytest.mark.heavy
 def test_condition_dropout_tells_the_encoder_that_all_is_kept():
     """With a share of 1: the loss of encoding with all tokens and decoding the first few."""
     batch = on_device(make_batch(0))
