@@ -218,3 +218,16 @@ def make_tokens():
         return Tokens(**{**fields, **changes})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """A list that grows by one with everything that XLA compiles."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return compiled

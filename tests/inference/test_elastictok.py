@@ -179,19 +179,6 @@ def test_longer_than_the_context(make_model):
     np.testing.assert_array_equal(other.values[9:], changed.values[9:])
 
 
-@pytest.fixture(scope="module")
-def compilations():
-    """A list that grows by one with everything that XLA compiles."""
-    compiled = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    return compiled
-
-
 def test_nothing_compiles_twice(make_model, compilations):
     model = make_model()
     tok = Tokenizer(model, FixedLength(4))

@@ -213,6 +213,9 @@ def test_parts_out_of_order_are_refused(model):
     other = Tokenizer(model, FixedLength(9), window=2).encode(clip(12, 16, 16))
     with pytest.raises(ValueError, match="window of 2"):
         list(tok.decode_stream([tokens.select(0, 2), other.select(2, 3)]))
+    wide = tok.encode(clip(12, 16, 24))
+    with pytest.raises(ValueError, match=r"frames of 16x24 pixels .* and the state of 16x16"):
+        list(tok.decode_stream([tokens.select(0, 2), wide.select(2, 3)]))
 
 
 def test_states_and_frames_that_do_not_fit_are_refused(model, make_model, patch_means, tmp_path):

@@ -136,16 +136,6 @@ def describe_device() -> str:
     return f"{len(jax.devices())} x {device.device_kind}"
 
 
-def _with(tokenizer: Tokenizer, strategy: AbstractStrategy) -> Tokenizer:
-    return Tokenizer(
-        tokenizer.codec,
-        strategy,
-        window=tokenizer.window,
-        native=tokenizer.native,
-        limit=tokenizer.limit,
-    )
-
-
 _Run = Iterator[tuple[Measurement, Reconstruction]]
 
 
@@ -153,7 +143,7 @@ def _setting_run(
     tokenizer: Tokenizer, setting: Setting, items: Sequence[Item], truths: Sequence[np.ndarray]
 ) -> _Run:
     """Encodes items together, then decodes one after another."""
-    tokenizer = _with(tokenizer, setting.strategy)
+    tokenizer = tokenizer.with_strategy(setting.strategy)
     start = time.perf_counter()
     rates = [None if item.fps is None else float(item.fps) for item in items]
     encoded = tokenizer.encode_batch([item.frames for item in items], rates)
@@ -271,7 +261,7 @@ def _warm_up(
 ) -> None:
     """Compiles what these items need: that is, for their sizes and for the windows they fill."""
     size = tokenizer.codec.frames_per_block
-    warm = _with(tokenizer, FixedLength(length=1))
+    warm = tokenizer.with_strategy(FixedLength(length=1))
     for item, truth in zip(items, truths, strict=True):
         blocks = min(-(-len(truth) // size), tokenizer.window)
         needed = (*truth.shape[1:3], blocks)

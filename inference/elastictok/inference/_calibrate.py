@@ -41,13 +41,7 @@ def calibrate(
     grid = checked_margins(margins)
 
     def meeting(indices: Sequence[int], strategy: AbstractStrategy) -> list[int]:
-        own = Tokenizer(
-            tokenizer.codec,
-            strategy,
-            window=tokenizer.window,
-            native=tokenizer.native,
-            limit=tokenizer.limit,
-        )
+        own = tokenizer.with_strategy(strategy)
         tokens = own.encode_batch([clips[i] for i in indices])
         return [i for i, each in zip(indices, tokens, strict=True) if np.all(each.met)]
 

@@ -90,6 +90,12 @@ class Tokenizer(eqx.Module):
         if self.limit < 1:
             raise ValueError(f"limit is {self.limit} tokens; a block has at least 1")
 
+    def with_strategy(self, strategy: AbstractStrategy) -> "Tokenizer":
+        """The same codec, window, `native` and `limit` with another strategy."""
+        return Tokenizer(
+            self.codec, strategy, window=self.window, native=self.native, limit=self.limit
+        )
+
     def fit(self, frames: np.ndarray) -> UInt8[np.ndarray, "frames height width 3"]:
         """The frames as the model sees them, before padding: what decoding should give back.
 
@@ -354,6 +360,13 @@ class Tokenizer(eqx.Module):
         **Raises:** `TokenFileError` or `ValueError` if the state is not that before this block.
         """
         state.check(tokens, index)
+        padded = self._of_tokens(tokens).padded
+        if padded != state.padded:
+            raise ValueError(
+                f"the tokens are of frames of {padded[0]}x{padded[1]} pixels (height x width, in "
+                f"whole patches), and the state of {state.padded[0]}x{state.padded[1]}: they are "
+                "of different streams"
+            )
         kept = tokens.block(index)
         values = self.codec.kind.zeros(tokens.tokens_per_block)
         values[: len(kept)] = kept

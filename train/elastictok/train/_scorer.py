@@ -77,14 +77,7 @@ def score_targets(
     recorder = _Recorder(
         criterion, tuple(float(share) for share in shares), context - 1, np.random.default_rng(seed)
     )
-    own = Tokenizer(
-        tokenizer.codec,
-        recorder,
-        window=tokenizer.window,
-        native=tokenizer.native,
-        limit=tokenizer.limit,
-    )
-    own.encode_batch(clips)
+    tokenizer.with_strategy(recorder).encode_batch(clips)
     return recorder.targets
 
 
