@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,18 @@ class Plan:
 
     def results(self) -> list[dict[str, Any] | None]:
         """What each task made; `None` if it is not done."""
-        found: list[dict[str, Any] | None] = []
-        for task in self.tasks:
-            try:
-                found.append(json.loads(self.marker(task.index).read_text(encoding="utf-8")))
-            except FileNotFoundError:
-                found.append(None)
-        return found
+        return read_markers(self.marker(task.index) for task in self.tasks)
+
+
+def read_markers(paths: Iterable[Path]) -> list[dict[str, Any] | None]:
+    """What tasks wrote when they were done; `None` for each that is not."""
+    found: list[dict[str, Any] | None] = []
+    for path in paths:
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            found.append(None)
+    return found
 
 
 def plan_for(

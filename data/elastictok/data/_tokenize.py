@@ -33,7 +33,7 @@ from elastictok.data._clip import read_clip
 from elastictok.data._errors import MediaError
 from elastictok.data._find import is_clip, is_picture, walk, wanted
 from elastictok.data._picture import read_picture
-from elastictok.data._plan import check_folders, check_same, labels
+from elastictok.data._plan import check_folders, check_same, labels, read_markers
 from elastictok.data._shards import ShardWriter, join_index, record_module, write_whole
 from elastictok.data._stored import Blob, Stored
 from elastictok.data._tokens import (
@@ -255,13 +255,7 @@ class _Plan:
 
     def results(self) -> list[dict[str, Any] | None]:
         """What each task made; `None` if it is not done."""
-        found: list[dict[str, Any] | None] = []
-        for task in self.tasks:
-            try:
-                found.append(json.loads(self.marker(task.index).read_text(encoding="utf-8")))
-            except FileNotFoundError:
-                found.append(None)
-        return found
+        return read_markers(self.marker(task.index) for task in self.tasks)
 
 
 def _plan_for(data: Path, out: Path, settings: dict[str, Any]) -> _Plan | None:
