@@ -8,19 +8,10 @@ import jax
 from jaxtyping import Array, Key
 
 from elastictok.models import ElasticTok, presets
+from elastictok.models.presets import PRESETS
 from elastictok.quantizers import FSQ, LFQ, VQ, AbstractQuantizer, GaussianVAE, Residual
 
 from ._commands import QuantizerName, Remat
-
-PRESETS: dict[str, Callable[..., ElasticTok]] = {
-    preset.__name__: preset
-    for preset in (
-        presets.demo,
-        presets.small,
-        presets.elastictok_fsq_200m,
-        presets.elastictok_vae_200m,
-    )
-}
 
 
 def make_quantizer(name: QuantizerName, *, key: Key[Array, ""]) -> AbstractQuantizer:
@@ -48,7 +39,7 @@ def make_model(
         raise ValueError(f"there is no preset {preset!r}{hint} (presets: {', '.join(PRESETS)})")
     weights, book = jax.random.split(jax.random.key(seed))
     options = {} if quantizer is None else {"quantizer": make_quantizer(quantizer, key=book)}
-    model = PRESETS[preset](key=weights, **options)
+    model = PRESETS[preset].make(key=weights, **options)
     return model if context is None else with_context(model, context)
 
 

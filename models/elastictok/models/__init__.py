@@ -26,6 +26,7 @@ from ._official import OFFICIAL_FSQ, OFFICIAL_VAE, OfficialConfig, file_sha256, 
 from ._order import AbstractOrder, CoarseToFine, Raster
 from ._patching import Patching
 from ._place import PlaceEmbedding
+from ._preset import Preset
 from ._rope import AbstractRotary, CellRotary, RankRotary, rotary, rotate
 from ._taildrop import (
     AbstractTailDrop,
@@ -63,6 +64,7 @@ __all__ = [
     "OfficialConfig",
     "Patching",
     "PlaceEmbedding",
+    "Preset",
     "RMSNorm",
     "RankRotary",
     "Raster",

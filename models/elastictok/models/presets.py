@@ -1,4 +1,10 @@
-"""Ready-made models: plain functions that call constructors. Read one, copy it, change a line."""
+"""Ready-made models: plain functions that call constructors. Read one, copy it, change a line.
+
+`PRESETS` lists them all with how they are trained: those of one kind of tokenizer differ in nothing
+else.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +16,9 @@ from elastictok.quantizers import FSQ, AbstractQuantizer, GaussianVAE
 from ._elastictok import Decoder, ElasticTok, Encoder
 from ._order import AbstractOrder, CoarseToFine, Raster
 from ._patching import Patching
+from ._preset import Preset
 from ._rope import AbstractRotary, CellRotary, RankRotary
+from ._taildrop import ConditionDropout, FixedDrop, LogUniformDrop, UniformDrop
 
 FSQ_64K = (8, 8, 8, 5, 5, 5)
 """Levels of the released discrete model: 64,000 codes."""
@@ -119,7 +127,12 @@ def small(*, key: Key[Array, ""], quantizer: AbstractQuantizer | None = None) ->
     )
 
 
-def elastictok_fsq_200m(*, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> ElasticTok:
+def elastictok_fsq_200m(
+    *,
+    key: Key[Array, ""],
+    quantizer: AbstractQuantizer | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> ElasticTok:
     """The geometry of the released discrete model: 210,165,760 parameters (random here).
 
     `load_official` with `OFFICIAL_FSQ` brings the weights. Nothing of it depends on a defect of the
@@ -132,7 +145,7 @@ def elastictok_fsq_200m(*, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) 
         min_tokens=256,
         patching=Patching(1, 8, 8),
         order=Raster(),
-        quantizer=FSQ(FSQ_64K),
+        quantizer=FSQ(FSQ_64K) if quantizer is None else quantizer,
         dim=1024,
         hidden=2048,
         layers=10,
@@ -144,7 +157,12 @@ def elastictok_fsq_200m(*, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) 
     )
 
 
-def elastictok_vae_200m(*, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> ElasticTok:
+def elastictok_vae_200m(
+    *,
+    key: Key[Array, ""],
+    quantizer: AbstractQuantizer | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> ElasticTok:
     """The geometry of the released continuous model: 210,571,264 parameters (random here).
 
     `load_official` with `OFFICIAL_VAE` brings the weights. Nothing of it depends on a defect of the
@@ -157,7 +175,7 @@ def elastictok_vae_200m(*, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) 
         min_tokens=128,
         patching=Patching(2, 8, 8),
         order=Raster(),
-        quantizer=GaussianVAE(8),
+        quantizer=GaussianVAE(8) if quantizer is None else quantizer,
         dim=1024,
         hidden=2048,
         layers=10,
@@ -167,3 +185,121 @@ def elastictok_vae_200m(*, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) 
         remat=True,
         key=key,
     )
+
+
+# The zoo: tokenizers of one size, 64x64 pixels and two layers of width 128 on each side, that two
+# cores train in minutes. They differ in the one thing that their names say.
+_zoo = functools.partial(
+    build,
+    size=(64, 64),
+    order=CoarseToFine(),
+    dim=128,
+    hidden=256,
+    layers=2,
+    heads=4,
+    rotary=CellRotary(30.0, 100.0),
+    place_frequencies=8,
+    min_tokens=4,
+)
+
+
+def elastic_image(*, key: Key[Array, ""], quantizer: AbstractQuantizer | None = None) -> ElasticTok:
+    """Pictures of 64x64 pixels in 4 to 64 tokens (arXiv 2410.08368, on one frame)."""
+    return _zoo(
+        context=1,
+        frames_per_block=1,
+        patching=Patching(1, 8, 8),
+        quantizer=FSQ(FSQ_64K) if quantizer is None else quantizer,
+        key=key,
+    )
+
+
+def elastic_image_vae(
+    *, key: Key[Array, ""], quantizer: AbstractQuantizer | None = None
+) -> ElasticTok:
+    """`elastic_image` with eight numbers for a token instead of a code."""
+    return elastic_image(key=key, quantizer=GaussianVAE(8) if quantizer is None else quantizer)
+
+
+def elastic_video(*, key: Key[Array, ""], quantizer: AbstractQuantizer | None = None) -> ElasticTok:
+    """Clips of 64x64 pixels, blocks of 4 frames in 4 to 128 tokens (arXiv 2410.08368)."""
+    return _zoo(
+        context=4,
+        frames_per_block=4,
+        patching=Patching(2, 8, 8),
+        quantizer=FSQ(FSQ_64K) if quantizer is None else quantizer,
+        key=key,
+    )
+
+
+def elastic_video_vae(
+    *, key: Key[Array, ""], quantizer: AbstractQuantizer | None = None
+) -> ElasticTok:
+    """`elastic_video` with eight numbers for a token instead of a code."""
+    return elastic_video(key=key, quantizer=GaussianVAE(8) if quantizer is None else quantizer)
+
+
+_ELASTICTOK = "ElasticTok, arXiv 2410.08368"
+
+PRESETS: dict[str, Preset] = {
+    "demo": Preset(demo, about="What `elastictok demo` trains.", source=_ELASTICTOK),
+    "small": Preset(small, about="A first model of your own, for one machine.", source=_ELASTICTOK),
+    "elastictok_fsq_200m": Preset(
+        elastictok_fsq_200m,
+        about="The geometry of the released discrete model.",
+        source=_ELASTICTOK,
+    ),
+    "elastictok_vae_200m": Preset(
+        elastictok_vae_200m,
+        about="The geometry of the released continuous model.",
+        source=_ELASTICTOK,
+    ),
+    "elastic_image": Preset(
+        elastic_image, about="Pictures in as many codes as they need.", source=_ELASTICTOK
+    ),
+    "elastic_image_vae": Preset(
+        elastic_image_vae, about="Pictures in as many vectors as they need.", source=_ELASTICTOK
+    ),
+    "elastic_image_fixed": Preset(
+        elastic_image,
+        FixedDrop(32),
+        about="elastic_image, always trained at half its tokens.",
+        source=f"baseline of {_ELASTICTOK}, section 4",
+    ),
+    "elastic_image_vae_fixed": Preset(
+        elastic_image_vae,
+        FixedDrop(32),
+        about="elastic_image_vae, always trained at half its tokens.",
+        source=f"baseline of {_ELASTICTOK}, section 4",
+    ),
+    "elastic_video": Preset(
+        elastic_video, about="Clips in as many codes as they need.", source=_ELASTICTOK
+    ),
+    "elastic_video_vae": Preset(
+        elastic_video_vae, about="Clips in as many vectors as they need.", source=_ELASTICTOK
+    ),
+    "elastic_video_once": Preset(
+        elastic_video,
+        ConditionDropout(UniformDrop(), 0.5),
+        about="elastic_video that can be encoded once and cut at any length.",
+        source=f"{_ELASTICTOK}, section 4.3",
+    ),
+    "elastic_video_log": Preset(
+        elastic_video,
+        LogUniformDrop(),
+        about="elastic_video, trained on every octave of lengths alike.",
+    ),
+    "elastic_video_fixed": Preset(
+        elastic_video,
+        FixedDrop(64),
+        about="elastic_video, always trained at half its tokens.",
+        source=f"baseline of {_ELASTICTOK}, section 4",
+    ),
+    "elastic_video_vae_fixed": Preset(
+        elastic_video_vae,
+        FixedDrop(64),
+        about="elastic_video_vae, always trained at half its tokens.",
+        source=f"baseline of {_ELASTICTOK}, section 4",
+    ),
+}
+"""All presets by name."""
