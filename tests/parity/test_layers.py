@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastictok.attention import BlockCausal, KeyValid, Segments
+from elastictok.attention import BlockCausal
 from elastictok.models import Cells
 from elastictok.quantizers import FSQ
 
@@ -129,9 +129,10 @@ def test_bounds_of_the_official_latents(reference):
 @eqx.filter_jit
 def encoded(model, patches, keep, segments, valid, positions):
     def one(patches, keep, segments, valid, positions):
-        mask = BlockCausal(32) & Segments(segments) & KeyValid(valid)
         cells = Cells(model.order, model.grid(*model.size))
-        return model.encoder(patches, keep, mask, positions, cells)
+        return model.encoder(
+            patches, keep, cells, segments=segments, key_valid=valid, positions=positions
+        )
 
     return jax.vmap(one)(patches, keep, segments, valid, positions)
 

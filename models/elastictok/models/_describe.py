@@ -13,7 +13,36 @@ import numpy as np
 
 import elastictok.quantizers as quantizers
 
-from . import _elastictok, _order, _patching, _place, _rope, _transformer
+from . import (
+    _coordinates,
+    _decoder,
+    _elastictok,
+    _encoder,
+    _order,
+    _patching,
+    _place,
+    _registers,
+    _rope,
+    _sample,
+    _transformer,
+    _visibility,
+)
+
+_MODULES = (
+    _coordinates,
+    _decoder,
+    _elastictok,
+    _encoder,
+    _order,
+    _patching,
+    _place,
+    _registers,
+    _rope,
+    _sample,
+    _transformer,
+    _visibility,
+    quantizers,
+)
 
 # What model folders hold. A closed table: any other type makes a folder foreign.
 DTYPES = {name: np.dtype(name) for name in ("float32", "int32", "uint32", "bool")}
@@ -32,7 +61,7 @@ class ModelFileError(ValueError):
 def class_table(classes: Sequence[type[eqx.Module]] = ()) -> dict[str, type[eqx.Module]]:
     """The classes that a saved model may name: this library's final ones and the user's own."""
     table: dict[str, type[eqx.Module]] = {}
-    for module in (_elastictok, _order, _patching, _place, _rope, _transformer, quantizers):
+    for module in _MODULES:
         for name, value in vars(module).items():
             if isinstance(value, type) and issubclass(value, eqx.Module):
                 table[name] = value
@@ -160,7 +189,15 @@ def _describe(value: Any, path: str) -> Any:
             field.name: _describe(getattr(value, field.name), _join(path, field.name))
             for field in dataclasses.fields(cast(Any, value))
         }
-        return {"class": type(value).__name__} | fields
+        # A field at its default is left out: a class may be given new ones, and what was described
+        # before, or fingerprinted, is still the same.
+        defaults = _defaults(type(value))
+        told = {
+            name: told
+            for name, told in fields.items()
+            if name not in defaults or told != _describe(defaults[name], name)
+        }
+        return {"class": type(value).__name__} | told
     if isinstance(value, Leaf):
         if str(value.dtype) not in DTYPES:
             raise ValueError(
@@ -178,6 +215,15 @@ def _describe(value: Any, path: str) -> Any:
         f"{path} is a {type(value).__name__}, which cannot be saved; use modules, arrays, tuples, "
         "numbers, strings and None"
     )
+
+
+def _defaults(kind: type[eqx.Module]) -> dict[str, Any]:
+    """The fields of a class that have a default, and which."""
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(cast(Any, kind))
+        if field.default is not dataclasses.MISSING
+    }
 
 
 def _undescribe(value: Any, path: str, classes: Mapping[str, type[eqx.Module]]) -> Any:
@@ -216,14 +262,21 @@ def _module(
     classes: Mapping[str, type[eqx.Module]],
 ) -> eqx.Module:
     names = [field.name for field in dataclasses.fields(cast(Any, kind))]
-    if set(names) != set(fields):
+    defaults = _defaults(kind)
+    odd = (set(names) - set(defaults) - set(fields)) | (set(fields) - set(names))
+    if odd:
         raise ModelFileError(
             f"config.json: the fields of {path or 'model'} ({kind.__name__}) differ in "
-            f"{sorted(set(names) ^ set(fields))}"
+            f"{sorted(odd)}"
         )
     module = object.__new__(kind)
     for name in names:
-        object.__setattr__(module, name, _undescribe(fields[name], _join(path, name), classes))
+        value = (
+            _undescribe(fields[name], _join(path, name), classes)
+            if name in fields
+            else defaults[name]
+        )
+        object.__setattr__(module, name, value)
     for parent in kind.__mro__:
         check = vars(parent).get("__check_init__")
         if check is not None:

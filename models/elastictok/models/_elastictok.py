@@ -8,201 +8,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from elastictok.attention import AbstractMask, BlockCausal, KeyValid, Segments
 from elastictok.quantizers import AbstractQuantizer, QuantizerOutput
 
 from ._cells import Cells
+from ._decoder import AbstractDecoder
+from ._encoder import AbstractEncoder
 from ._execution import LOCAL, AbstractExecution
 from ._order import AbstractOrder
 from ._patching import Patching
-from ._place import PlaceEmbedding
-from ._rope import AbstractRotary
-from ._transformer import KVCache, Linear, RMSNorm, Transformer
-
-
-class Encoder(eqx.Module):
-    """Patches and the keep mask to latents, before quantization."""
-
-    in_proj: Linear
-    kept: Float[Array, "dim"]
-    masked: Float[Array, "dim"]
-    place: PlaceEmbedding | None
-    transformer: Transformer
-    norm: RMSNorm
-    out_proj: Linear
-
-    def __init__(
-        self,
-        patch_dim: int,
-        latent_dim: int,
-        *,
-        dim: int,
-        hidden: int,
-        layers: int,
-        heads: int,
-        rotary: AbstractRotary,
-        eps: float = 1e-5,
-        std: float = 0.02,
-        dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
-        place_frequencies: int | None = None,
-        key: Key[Array, ""],
-    ):
-        """**Arguments:**
-
-        - `patch_dim`: values in a patch.
-        - `latent_dim`: what the quantizer takes per token (its `input_dim`).
-        - `place_frequencies`: of a `PlaceEmbedding`; None for none, as in the paper.
-        - the others: see `Transformer`.
-        """
-        i, k, m, p, t, o = jax.random.split(key, 6)
-        self.in_proj = Linear(patch_dim, dim, std=std, key=i)
-        self.kept = std * jax.random.normal(k, (dim,))
-        self.masked = std * jax.random.normal(m, (dim,))
-        self.place = _place(place_frequencies, dim, std, p)
-        self.transformer = Transformer(
-            dim=dim,
-            hidden=hidden,
-            layers=layers,
-            heads=heads,
-            rotary=rotary,
-            eps=eps,
-            std=std,
-            dtype=dtype,
-            remat=remat,
-            key=t,
-        )
-        self.norm = RMSNorm(dim, eps)
-        self.out_proj = Linear(dim, latent_dim, std=std, key=o)
-
-    def embed(
-        self,
-        patches: Float[Array, "tokens patch"],
-        keep: Bool[Array, "tokens"],
-        positions: Int[Array, "tokens"],
-        cells: Cells,
-    ) -> Float[Array, "tokens dim"]:
-        """Input embeddings: each patch's, its *kept* or *masked* vector and its place."""
-        x = self.in_proj(patches) + jnp.where(keep[:, None], self.kept, self.masked)
-        return _placed(x, self.place, positions, cells)
-
-    def readout(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens latent_dim"]:
-        """Latents from the last layer's output."""
-        return self.out_proj(self.norm(x))
-
-    def __call__(
-        self,
-        patches: Float[Array, "tokens patch"],
-        keep: Bool[Array, "tokens"],
-        mask: AbstractMask,
-        positions: Int[Array, "tokens"],
-        cells: Cells,
-        execution: AbstractExecution = LOCAL,
-    ) -> Float[Array, "tokens latent_dim"]:
-        """Latents of a whole sequence."""
-        x = self.embed(patches, keep, positions, cells)
-        return self.readout(self.transformer(x, mask, positions, cells, execution))
-
-    def extend(
-        self,
-        patches: Float[Array, "tokens patch"],
-        keep: Bool[Array, "tokens"],
-        cache: KVCache,
-        cells: Cells,
-    ) -> tuple[Float[Array, "tokens latent_dim"], KVCache]:
-        """Latents of the next block of a stream."""
-        x = self.embed(patches, keep, jnp.arange(len(keep)), cells)
-        x, cache = self.transformer.extend(x, cache, cells)
-        return self.readout(x), cache
-
-
-class Decoder(eqx.Module):
-    """Latents (zero where dropped) to patches in (-1, 1)."""
-
-    in_proj: Linear
-    place: PlaceEmbedding | None
-    transformer: Transformer
-    norm: RMSNorm
-    out_proj: Linear
-
-    def __init__(
-        self,
-        latent_dim: int,
-        patch_dim: int,
-        *,
-        dim: int,
-        hidden: int,
-        layers: int,
-        heads: int,
-        rotary: AbstractRotary,
-        eps: float = 1e-5,
-        std: float = 0.02,
-        dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
-        place_frequencies: int | None = None,
-        key: Key[Array, ""],
-    ):
-        """**Arguments:**
-
-        - `latent_dim`: what the quantizer gives per token (its `latent_dim`).
-        - `patch_dim`: values in a patch.
-        - `place_frequencies`: of a `PlaceEmbedding`; None for none, as in the paper.
-        - the others: see `Transformer`.
-        """
-        i, p, t, o = jax.random.split(key, 4)
-        self.in_proj = Linear(latent_dim, dim, std=std, key=i)
-        self.place = _place(place_frequencies, dim, std, p)
-        self.transformer = Transformer(
-            dim=dim,
-            hidden=hidden,
-            layers=layers,
-            heads=heads,
-            rotary=rotary,
-            eps=eps,
-            std=std,
-            dtype=dtype,
-            remat=remat,
-            key=t,
-        )
-        self.norm = RMSNorm(dim, eps)
-        self.out_proj = Linear(dim, patch_dim, std=std, key=o)
-
-    def embed(
-        self,
-        latents: Float[Array, "tokens latent_dim"],
-        positions: Int[Array, "tokens"],
-        cells: Cells,
-    ) -> Float[Array, "tokens dim"]:
-        """Input embeddings: each latent's, plus its place."""
-        x = self.in_proj(latents)
-        return _placed(x, self.place, positions, cells)
-
-    def readout(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens patch"]:
-        """Patches from the last layer's output."""
-        return jnp.tanh(self.out_proj(self.norm(x)))
-
-    def __call__(
-        self,
-        latents: Float[Array, "tokens latent_dim"],
-        mask: AbstractMask,
-        positions: Int[Array, "tokens"],
-        cells: Cells,
-        execution: AbstractExecution = LOCAL,
-    ) -> Float[Array, "tokens patch"]:
-        """Patches of a whole sequence."""
-        x = self.embed(latents, positions, cells)
-        return self.readout(self.transformer(x, mask, positions, cells, execution))
-
-    def extend(
-        self,
-        latents: Float[Array, "tokens latent_dim"],
-        cache: KVCache,
-        cells: Cells,
-    ) -> tuple[Float[Array, "tokens patch"], KVCache]:
-        """Patches of the next block of a stream."""
-        x = self.embed(latents, jnp.arange(len(latents)), cells)
-        x, cache = self.transformer.extend(x, cache, cells)
-        return self.readout(x), cache
+from ._transformer import CrossTransformer, Transformer, with_dtype
 
 
 class ElasticTokOutput(eqx.Module):
@@ -222,25 +36,42 @@ class ElasticTokOutput(eqx.Module):
     statistics: PyTree
 
 
-class Cache(eqx.Module):
-    """State of a stream: the encoder's and the decoder's KV cache."""
+class Reconstruction(eqx.Module):
+    """What a training step compares. Where patches were drawn, those of a block are one picture of
+    a patch's height: fit for losses of single pixels, not for those of whole frames.
 
-    encoder: KVCache
-    decoder: KVCache
+    - `prediction`, `target`: pixels, in (-1, 1) and [-1, 1].
+    - `valid`: false for blocks of padding.
+    - `loss`, `statistics`: as in `ElasticTokOutput`.
+    """
+
+    prediction: Float[Array, "blocks frames height width 3"]
+    target: Float[Array, "blocks frames height width 3"]
+    valid: Bool[Array, "blocks"]
+    loss: Float[Array, ""]
+    statistics: PyTree
+
+
+class Cache(eqx.Module):
+    """State of a stream: what the encoder and what the decoder remember of it."""
+
+    encoder: PyTree
+    decoder: PyTree
 
 
 class ElasticTok(eqx.Module):
     """ElasticTok (arXiv 2410.08368) from ready-made parts. One example; batch by `jax.vmap`.
 
-    The tokens of a block are its patches in the order's ranks. A block with length `l` keeps its
-    first `l` tokens; the encoder is told which ones, the latents of the others are zero.
+    A block with length `l` keeps its first `l` tokens; the encoder is told which ones, the latents
+    of the others are zero. What the tokens of a block are is up to the encoder: with `Encoder`, its
+    patches in the order's ranks.
     """
 
     patching: Patching
     order: AbstractOrder
-    encoder: Encoder
+    encoder: AbstractEncoder
     quantizer: AbstractQuantizer
-    decoder: Decoder
+    decoder: AbstractDecoder
     frames_per_block: int = eqx.field(static=True, kw_only=True)
     min_tokens: int = eqx.field(static=True, kw_only=True)
     size: tuple[int, int] = eqx.field(static=True, kw_only=True)
@@ -254,13 +85,19 @@ class ElasticTok(eqx.Module):
         if self.context < 1:
             raise ValueError(f"context is {self.context} blocks; it must be at least 1")
         for name, wanted, given in (
-            ("encoder gives", self.quantizer.input_dim, self.encoder.out_proj.weight.shape[-1]),
-            ("decoder takes", self.quantizer.latent_dim, self.decoder.in_proj.weight.shape[-2]),
-            ("encoder takes", self.patching.patch_dim, self.encoder.in_proj.weight.shape[-2]),
-            ("decoder gives", self.patching.patch_dim, self.decoder.out_proj.weight.shape[-1]),
+            ("encoder gives", self.quantizer.input_dim, self.encoder.latent_dim),
+            ("decoder takes", self.quantizer.latent_dim, self.decoder.latent_dim),
+            ("encoder takes", self.patching.patch_dim, self.encoder.patch_dim),
+            ("decoder gives", self.patching.patch_dim, self.decoder.patch_dim),
         ):
             if wanted != given:
                 raise ValueError(f"the {name} {given} values per token where {wanted} are needed")
+        decoded = self.decoder.tokens(self.grid(*self.size))
+        if decoded != self.max_tokens:
+            raise ValueError(
+                f"the encoder makes {self.max_tokens} tokens of a block of {self.size[0]}x"
+                f"{self.size[1]} pixels and the decoder takes {decoded}"
+            )
 
     @property
     def max_tokens(self) -> int:
@@ -279,10 +116,13 @@ class ElasticTok(eqx.Module):
 
         **Raises:** `ValueError` if the patch does not divide the size.
         """
-        return math.prod(self.grid(height, width))
+        return self.encoder.tokens(self.grid(height, width))
 
-    def patch(self, pixels: Float[Array, "frames height width 3"]) -> Float[Array, "tokens patch"]:
-        """Patches of whole blocks in token order."""
+    def _cells(self, height: int, width: int) -> Cells:
+        return Cells(self.order, self.grid(height, width))
+
+    def patch(self, pixels: Float[Array, "frames height width 3"]) -> Float[Array, "cells patch"]:
+        """Patches of whole blocks in the order of their ranks."""
         blocks = self._blocks(pixels.shape[0])
         _, height, width, _ = pixels.shape
         grid = self.grid(height, width)
@@ -291,11 +131,16 @@ class ElasticTok(eqx.Module):
         return cells.reshape(-1, cells.shape[-1])
 
     def unpatch(
-        self, patches: Float[Array, "tokens patch"], height: int, width: int
+        self, patches: Float[Array, "cells patch"], height: int, width: int
     ) -> Float[Array, "frames height width 3"]:
         """The inverse of `patch`."""
         grid = self.grid(height, width)
-        blocks = self._whole(patches.shape[0], height, width)
+        blocks, rest = divmod(patches.shape[0], math.prod(grid))
+        if rest:
+            raise ValueError(
+                f"{patches.shape[0]} patches are not a whole number of blocks of "
+                f"{math.prod(grid)} ({height}x{width} pixels)"
+            )
         cells = patches.reshape(blocks, -1, patches.shape[-1])[:, self.order.ranks(grid)]
         cells = cells.reshape(patches.shape)
         return self.patching.unpatch(cells, blocks * self.frames_per_block, height, width)
@@ -326,38 +171,105 @@ class ElasticTok(eqx.Module):
 
         **Raises:** `ValueError` for sizes that do not fit.
         """
+        height, width = pixels.shape[1:3]
+        quantized = self._quantized(pixels, lengths, segments, valid, told, key, execution)
+        patches = self.decode_tokens(
+            quantized.latents,
+            grid=self.grid(height, width),
+            segments=self._of_cells(segments, height, width),
+            key_valid=self._of_cells(valid, height, width),
+            execution=execution,
+        )
+        return ElasticTokOutput(
+            self.unpatch(patches, height, width),
+            quantized.latents,
+            quantized.codes,
+            quantized.loss / _count(lengths, valid),
+            quantized.statistics,
+        )
+
+    def reconstruct(
+        self,
+        pixels: Float[Array, "frames height width 3"],
+        lengths: Int[Array, "blocks"],
+        segments: Int[Array, "blocks"] | None = None,
+        valid: Bool[Array, "blocks"] | None = None,
+        *,
+        told: Int[Array, "blocks"] | None = None,
+        key: Key[Array, ""],
+        execution: AbstractExecution = LOCAL,
+    ) -> Reconstruction:
+        """What a training step compares: the whole sequence and its reconstruction, or of both the
+        patches that the decoder's `sample` draws.
+
+        **Arguments:** as of `__call__`.
+        """
+        sample = self.decoder.sample
+        blocks, (height, width) = lengths.shape[0], pixels.shape[1:3]
+        whole = jnp.ones(blocks, bool) if valid is None else valid
+        if sample is None:
+            out = self(pixels, lengths, segments, valid, told=told, key=key, execution=execution)
+            shape = (blocks, self.frames_per_block, height, width, 3)
+            return Reconstruction(
+                out.pixels.reshape(shape), pixels.reshape(shape), whole, out.loss, out.statistics
+            )
+        key, drawn = jax.random.split(key)
+        quantized = self._quantized(pixels, lengths, segments, valid, told, key, execution)
+        cells = self._cells(height, width)
+        asked = sample.draw(drawn, whole, cells)
+        made = self.decoder.ask(
+            quantized.latents,
+            asked,
+            cells,
+            segments=self._of_cells(segments, height, width),
+            key_valid=self._of_cells(valid, height, width),
+            execution=execution,
+        )
+        target = asked.of(self.patch(pixels), cells)
+        return Reconstruction(
+            self._side_by_side(made),
+            self._side_by_side(target),
+            whole[asked.blocks],
+            quantized.loss / _count(lengths, valid),
+            quantized.statistics,
+        )
+
+    def _side_by_side(
+        self, patches: Float[Array, "blocks asked patch"]
+    ) -> Float[Array, "blocks frames height width 3"]:
+        """Patches as one picture of each block."""
+        frames, height, width = self.patching.frames, self.patching.height, self.patching.width
+        blocks, count = patches.shape[:2]
+        flat = patches.reshape(-1, self.patching.patch_dim)
+        return jax.vmap(lambda rows: self.patching.unpatch(rows, frames, height, count * width))(
+            flat.reshape(blocks, count, -1)
+        )
+
+    def _quantized(
+        self,
+        pixels: Float[Array, "frames height width 3"],
+        lengths: Int[Array, "blocks"],
+        segments: Int[Array, "blocks"] | None,
+        valid: Bool[Array, "blocks"] | None,
+        told: Int[Array, "blocks"] | None,
+        key: Key[Array, ""] | None,
+        execution: AbstractExecution = LOCAL,
+    ) -> QuantizerOutput:
         blocks, height, width = self._blocks(pixels.shape[0]), *pixels.shape[1:3]
         if lengths.shape != (blocks,):
             raise ValueError(
                 f"lengths has shape {lengths.shape} for {blocks} blocks of "
                 f"{self.frames_per_block} frames; give one length per block"
             )
-        tokens = self.tokens_per_block(height, width)
-        segment_ids, key_valid = _spread(segments, tokens), _spread(valid, tokens)
-        quantized = self.encode_tokens(
+        return self.encode_tokens(
             self.patch(pixels),
             self.keep(lengths, height, width, valid),
             told=None if told is None else self.keep(told, height, width, valid),
             grid=self.grid(height, width),
-            segments=segment_ids,
-            key_valid=key_valid,
+            segments=self._of_cells(segments, height, width),
+            key_valid=self._of_cells(valid, height, width),
             key=key,
             execution=execution,
-        )
-        patches = self.decode_tokens(
-            quantized.latents,
-            grid=self.grid(height, width),
-            segments=segment_ids,
-            key_valid=key_valid,
-            execution=execution,
-        )
-        count = blocks if valid is None else jnp.maximum(jnp.sum(valid), 1)
-        return ElasticTokOutput(
-            self.unpatch(patches, height, width),
-            quantized.latents,
-            quantized.codes,
-            quantized.loss / count,
-            quantized.statistics,
         )
 
     def encode(
@@ -370,16 +282,7 @@ class ElasticTok(eqx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "tokens latent_dim"]:
         """Quantized latents of a sequence of blocks, zero at dropped tokens; see `__call__`."""
-        height, width = pixels.shape[1:3]
-        tokens = self.tokens_per_block(height, width)
-        return self.encode_tokens(
-            self.patch(pixels),
-            self.keep(lengths, height, width, valid),
-            grid=self.grid(height, width),
-            segments=_spread(segments, tokens),
-            key_valid=_spread(valid, tokens),
-            key=key,
-        ).latents
+        return self._quantized(pixels, lengths, segments, valid, None, key).latents
 
     def decode(
         self,
@@ -392,13 +295,12 @@ class ElasticTok(eqx.Module):
         width: int,
     ) -> Float[Array, "frames height width 3"]:
         """Pixels in (-1, 1) from latents; tokens past a block's length are taken as dropped."""
-        tokens = self.tokens_per_block(height, width)
         keep = self.keep(lengths, height, width, valid)
         patches = self.decode_tokens(
             jnp.where(keep[:, None], latents, 0),
             grid=self.grid(height, width),
-            segments=_spread(segments, tokens),
-            key_valid=_spread(valid, tokens),
+            segments=self._of_cells(segments, height, width),
+            key_valid=self._of_cells(valid, height, width),
         )
         return self.unpatch(patches, height, width)
 
@@ -421,14 +323,14 @@ class ElasticTok(eqx.Module):
 
     def encode_tokens(
         self,
-        patches: Float[Array, "tokens patch"],
+        patches: Float[Array, "cells patch"],
         keep: Bool[Array, "tokens"],
         *,
         told: Bool[Array, "tokens"] | None = None,
         grid: tuple[int, int, int],
-        segments: Int[Array, "tokens"] | None = None,
-        key_valid: Bool[Array, "tokens"] | None = None,
-        positions: Int[Array, "tokens"] | None = None,
+        segments: Int[Array, "cells"] | None = None,
+        key_valid: Bool[Array, "cells"] | None = None,
+        positions: Int[Array, "cells"] | None = None,
         key: Key[Array, ""] | None = None,
         execution: AbstractExecution = LOCAL,
     ) -> QuantizerOutput:
@@ -436,22 +338,23 @@ class ElasticTok(eqx.Module):
 
         **Arguments:**
 
-        - `patches`: in token order.
+        - `patches`: in the order of their ranks.
         - `keep`: any mask, not only prefixes.
         - `told`: the mask that the encoder is told, if another one.
-        - `grid`: cells of a block; the first block starts at the first token.
-        - `segments`: document of each token.
-        - `key_valid`: false for tokens that nobody sees.
-        - `positions`: for the rotary embedding; the index in the sequence by default.
+        - `grid`: cells of a block; the first block starts at the first patch.
+        - `segments`: document of each patch.
+        - `key_valid`: false for patches that nobody sees.
+        - `positions`: of patches, for the rotary embedding; the index in the sequence by default.
         - `execution`: how the layers are carried out.
         """
         latents = self.encoder(
             patches,
             keep if told is None else told,
-            _mask(math.prod(grid), segments, key_valid),
-            _positions(positions, patches),
             Cells(self.order, grid),
-            execution,
+            segments=segments,
+            key_valid=key_valid,
+            positions=positions,
+            execution=execution,
         )
         return self.quantizer(latents, keep, key=key)
 
@@ -460,18 +363,19 @@ class ElasticTok(eqx.Module):
         latents: Float[Array, "tokens latent_dim"],
         *,
         grid: tuple[int, int, int],
-        segments: Int[Array, "tokens"] | None = None,
-        key_valid: Bool[Array, "tokens"] | None = None,
-        positions: Int[Array, "tokens"] | None = None,
+        segments: Int[Array, "cells"] | None = None,
+        key_valid: Bool[Array, "cells"] | None = None,
+        positions: Int[Array, "cells"] | None = None,
         execution: AbstractExecution = LOCAL,
-    ) -> Float[Array, "tokens patch"]:
+    ) -> Float[Array, "cells patch"]:
         """The decoder on tokens; see `encode_tokens`. Latents must be zero where dropped."""
         return self.decoder(
             latents,
-            _mask(math.prod(grid), segments, key_valid),
-            _positions(positions, latents),
             Cells(self.order, grid),
-            execution,
+            segments=segments,
+            key_valid=key_valid,
+            positions=positions,
+            execution=execution,
         )
 
     def init_cache(self, blocks: int, *, height: int, width: int) -> Cache:
@@ -482,11 +386,8 @@ class ElasticTok(eqx.Module):
         - `blocks`: window: how many blocks, the current one included, a block can see.
         - `height`, `width`: of the stream's frames.
         """
-        tokens = self.tokens_per_block(height, width)
-        return Cache(
-            self.encoder.transformer.init_cache(blocks, tokens),
-            self.decoder.transformer.init_cache(blocks, tokens),
-        )
+        grid = self.grid(height, width)
+        return Cache(self.encoder.init_cache(blocks, grid), self.decoder.init_cache(blocks, grid))
 
     def encode_block(
         self,
@@ -503,7 +404,7 @@ class ElasticTok(eqx.Module):
             )
         _, height, width, _ = pixels.shape
         keep = self.keep(length[None], height, width)
-        cells = Cells(self.order, self.grid(height, width))
+        cells = self._cells(height, width)
         latents, encoder = self.encoder.extend(self.patch(pixels), keep, cache.encoder, cells)
         return self.quantizer(latents, keep, key=key), Cache(encoder, cache.decoder)
 
@@ -519,7 +420,7 @@ class ElasticTok(eqx.Module):
         """Pixels of the next block of a stream, and the state with the decoder's part moved on."""
         keep = self.keep(length[None], height, width)
         latents = jnp.where(keep[:, None], latents, 0)
-        cells = Cells(self.order, self.grid(height, width))
+        cells = self._cells(height, width)
         patches, decoder = self.decoder.extend(latents, cache.decoder, cells)
         return self.unpatch(patches, height, width), Cache(cache.encoder, decoder)
 
@@ -531,14 +432,11 @@ class ElasticTok(eqx.Module):
             )
         return frames // self.frames_per_block
 
-    def _whole(self, tokens: int, height: int, width: int) -> int:
-        per_block = self.tokens_per_block(height, width)
-        if tokens % per_block:
-            raise ValueError(
-                f"{tokens} tokens are not a whole number of blocks of {per_block} tokens "
-                f"({height}x{width} pixels)"
-            )
-        return tokens // per_block
+    def _of_cells(self, per_block: Array | None, height: int, width: int) -> Array | None:
+        """A value of each block for each of its patches."""
+        if per_block is None:
+            return None
+        return jnp.repeat(per_block, math.prod(self.grid(height, width)))
 
 
 def with_compute_dtype(model: ElasticTok, dtype: DTypeLike) -> ElasticTok:
@@ -551,11 +449,11 @@ def with_compute_dtype(model: ElasticTok, dtype: DTypeLike) -> ElasticTok:
 
     - `dtype`: `jnp.bfloat16` or `jnp.float32`.
     """
-    stacks = model.encoder.transformer, model.decoder.transformer
-    return eqx.tree_at(
-        lambda m: (m.encoder.transformer, m.decoder.transformer),
+    kinds = (Transformer, CrossTransformer)
+    return jax.tree.map(
+        lambda node: with_dtype(node, dtype) if isinstance(node, kinds) else node,
         model,
-        tuple(stack.with_dtype(dtype) for stack in stacks),
+        is_leaf=lambda node: isinstance(node, kinds),
     )
 
 
@@ -565,39 +463,8 @@ def trainable(model: ElasticTok) -> PyTree[bool]:
     return eqx.tree_at(lambda m: m.quantizer, flags, model.quantizer.trainable())
 
 
-def _place(
-    frequencies: int | None, dim: int, std: float, key: Key[Array, ""]
-) -> PlaceEmbedding | None:
-    if frequencies is None:
-        return None
-    return PlaceEmbedding(dim, frequencies=frequencies, std=std, key=key)
-
-
-def _placed(
-    x: Float[Array, "tokens dim"],
-    place: PlaceEmbedding | None,
-    positions: Int[Array, "tokens"],
-    cells: Cells,
-) -> Float[Array, "tokens dim"]:
-    return x if place is None else x + place(cells.coordinates(positions))
-
-
-def _mask(
-    block: int,
-    segments: Int[Array, "tokens"] | None,
-    key_valid: Bool[Array, "tokens"] | None,
-) -> AbstractMask:
-    mask: AbstractMask = BlockCausal(block=block)
-    if segments is not None:
-        mask = mask & Segments(segments)
-    if key_valid is not None:
-        mask = mask & KeyValid(key_valid)
-    return mask
-
-
-def _spread(per_block: Array | None, tokens: int) -> Array | None:
-    return None if per_block is None else jnp.repeat(per_block, tokens)
-
-
-def _positions(positions: Array | None, rows: Array) -> Array:
-    return jnp.arange(rows.shape[0]) if positions is None else positions
+def _count(
+    lengths: Int[Array, "blocks"], valid: Bool[Array, "blocks"] | None
+) -> int | Int[Array, ""]:
+    """Blocks that are not padding, at least 1."""
+    return lengths.shape[0] if valid is None else jnp.maximum(jnp.sum(valid), 1)

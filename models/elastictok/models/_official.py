@@ -21,8 +21,10 @@ from jaxtyping import Array, Key, PyTree
 from elastictok.quantizers import FSQ, AbstractQuantizer, GaussianVAE
 
 from . import presets
+from ._decoder import Decoder
 from ._describe import ModelFileError, differences, listed, named, replaced
-from ._elastictok import Decoder, ElasticTok, Encoder
+from ._elastictok import ElasticTok
+from ._encoder import Encoder
 from ._folder import converted, placement, put
 from ._order import Raster
 from ._patching import Patching

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -10,11 +10,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from elastictok.attention import AbstractMask, BlockCausal, attention
+from elastictok.attention import AbstractMask, attention
 
 from ._cells import Cells
 from ._execution import LOCAL, AbstractExecution
 from ._rope import AbstractRotary, rotate
+from ._visibility import EARLIER_BLOCKS, AbstractVisibility
+
+Stack = TypeVar("Stack", bound="Transformer | CrossTransformer")
 
 
 class Linear(eqx.Module):
@@ -152,13 +155,7 @@ class Transformer(eqx.Module):
         - `dtype`: of matrix products and attention.
         - `remat`: keep only each layer's input for the backward pass and compute the rest again.
         """
-        if layers < 1:
-            raise ValueError(f"layers is {layers}; it must be at least 1")
-        if dim % heads or (dim // heads) % 2:
-            raise ValueError(
-                f"dim {dim} over {heads} heads is not an even whole number; choose heads so that "
-                "dim / heads is even"
-            )
+        check_sizes(dim, layers, heads)
 
         def make(key: Key[Array, ""]) -> Layer:
             return Layer(dim, hidden, heads, eps=eps, std=std, key=key)
@@ -183,13 +180,15 @@ class Transformer(eqx.Module):
         """Width of a head."""
         return self.dim // self.layers.attention.heads
 
-    def with_dtype(self, dtype: DTypeLike) -> "Transformer":
-        """The same layers, computing in another type."""
-        new = object.__new__(Transformer)  # the constructor would make new weights
-        for field in dataclasses.fields(cast(Any, self)):
-            object.__setattr__(new, field.name, getattr(self, field.name))
-        object.__setattr__(new, "dtype", jnp.dtype(dtype))
-        return new
+    def flops(self, tokens: int, pairs: int) -> float:
+        """Floating-point operations of the matrix products of a pass, those of attention included.
+
+        **Arguments:**
+
+        - `tokens`: in the sequence.
+        - `pairs`: of a query and a key that it sees.
+        """
+        return _layer_flops(self.layers, tokens) + 4.0 * pairs * self.dim * self.depth
 
     def __call__(
         self,
@@ -206,7 +205,7 @@ class Transformer(eqx.Module):
             layer = execution.weights(layer)
             q, k, v = self._project(layer, x, cos, sin, execution)
             out = attention(q, k, v, mask, implementation=execution.backend())
-            return execution.stream(self._finish(layer, x, out, execution)), None
+            return execution.stream(_finish(layer, x, out, self.dtype, execution)), None
 
         if self.remat or execution.remat is not None:
             step = jax.checkpoint(step, policy=execution.remat)
@@ -221,25 +220,39 @@ class Transformer(eqx.Module):
         return KVCache(empty, empty, jnp.zeros((), jnp.int32))
 
     def extend(
-        self, x: Float[Array, "tokens dim"], cache: KVCache, cells: Cells
+        self,
+        x: Float[Array, "tokens dim"],
+        cache: KVCache,
+        cells: Cells,
+        visibility: AbstractVisibility = EARLIER_BLOCKS,
     ) -> tuple[Float[Array, "tokens dim"], KVCache]:
-        """The next block of a stream: it sees itself and the blocks in the cache."""
+        """The next block of a stream: it sees itself and the blocks in the cache.
+
+        **Arguments:**
+
+        - `visibility`: which of them.
+        """
         tokens = x.shape[0]
         positions = cache.count * tokens + jnp.arange(tokens)
         cos, sin = self.rotary(positions, cells, self.head_dim)
         slot = cache.count % cache.window
         # Every block in the ring is this one or an earlier one, and those up to this one are there:
         # as in a sequence in which this block stands in its slot, or at the end once all are full.
-        mask = BlockCausal(block=tokens, offset=tokens * jnp.minimum(cache.count, cache.window - 1))
+        mask = visibility.mask(tokens, tokens * jnp.minimum(cache.count, cache.window - 1))
+        full = cache.count >= cache.window
+
+        def in_order(ring: Array) -> Array:
+            if not visibility.in_any_order:
+                ring = jnp.roll(ring, jnp.where(full, -(slot + 1), 0), axis=0)
+            return ring.reshape(-1, *ring.shape[2:])
 
         def step(x, inputs):
             layer, keys, values = inputs
             q, k, v = self._project(layer, x, cos, sin)
             keys = jax.lax.dynamic_update_index_in_dim(keys, k, slot, 0)
             values = jax.lax.dynamic_update_index_in_dim(values, v, slot, 0)
-            flat = (-1, *k.shape[1:])
-            out = attention(q, keys.reshape(flat), values.reshape(flat), mask)
-            return self._finish(layer, x, out), (keys, values)
+            out = attention(q, in_order(keys), in_order(values), mask)
+            return _finish(layer, x, out, self.dtype, LOCAL), (keys, values)
 
         x, (keys, values) = jax.lax.scan(step, x, (self.layers, cache.keys, cache.values))
         return x, KVCache(keys, values, cache.count + 1)
@@ -249,18 +262,153 @@ class Transformer(eqx.Module):
     ) -> tuple[Array, Array, Array]:
         own = layer.attention
         h = layer.attention_norm(x).astype(self.dtype)
-        split = (x.shape[0], own.heads, self.head_dim)
-        q, k, v = (part(h, execution).reshape(split) for part in (own.query, own.key, own.value))
+        q, k, v = (
+            _heads(part(h, execution), own.heads) for part in (own.query, own.key, own.value)
+        )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
 
-    def _finish(
-        self, layer: Layer, x, attended, execution: AbstractExecution = LOCAL
+
+class CrossTransformer(eqx.Module):
+    """`layers` equal layers in which a sequence looks at another one, the memory, and not at itself
+    (the decoder of Perceiver IO, arXiv 2107.14795, in several layers).
+
+    What comes out at a position depends on that position and on the memory alone. Stacked, scanned
+    and computed as in `Transformer`.
+    """
+
+    layers: Layer
+    rotary: AbstractRotary
+    dtype: DTypeLike = eqx.field(static=True)
+    remat: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        hidden: int,
+        layers: int,
+        heads: int,
+        rotary: AbstractRotary,
+        eps: float = 1e-5,
+        std: float = 0.02,
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        key: Key[Array, ""],
+    ):
+        """**Arguments:** as of `Transformer`."""
+        check_sizes(dim, layers, heads)
+
+        def make(key: Key[Array, ""]) -> Layer:
+            return Layer(dim, hidden, heads, eps=eps, std=std, key=key)
+
+        self.layers = eqx.filter_vmap(make)(jax.random.split(key, layers))
+        self.rotary = rotary
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+
+    @property
+    def dim(self) -> int:
+        """Width of the stream, and of the memory."""
+        return self.layers.attention_norm.weight.shape[-1]
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return self.layers.attention_norm.weight.shape[0]
+
+    def flops(self, tokens: int, keys: int, pairs: int) -> float:
+        """As `Transformer.flops`.
+
+        **Arguments:**
+
+        - `tokens`: in the sequence.
+        - `keys`: in the memory.
+        - `pairs`: of a token and a key that it sees.
+        """
+        own = self.layers.attention
+        memory = 2.0 * math.prod(own.key.weight.shape) * (keys - tokens)
+        memory += 2.0 * math.prod(own.value.weight.shape) * (keys - tokens)
+        return _layer_flops(self.layers, tokens) + memory + 4.0 * pairs * self.dim * self.depth
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens dim"],
+        memory: Float[Array, "keys dim"],
+        mask: AbstractMask,
+        positions: Int[Array, "tokens"],
+        memory_positions: Int[Array, "keys"],
+        cells: Cells,
+        execution: AbstractExecution = LOCAL,
     ) -> Float[Array, "tokens dim"]:
-        attended = attended.reshape(x.shape).astype(self.dtype)
-        x = x + layer.attention.out(attended, execution)
-        h = layer.feed_forward_norm(x).astype(self.dtype)
-        return x + layer.feed_forward(h, execution)
+        """**Arguments:**
+
+        - `x`: the sequence.
+        - `memory`: what it looks at, normed.
+        - `mask`: which position sees which of the memory.
+        - `positions`, `memory_positions`: for the rotary embedding, of one sequence.
+        - `cells`: where the tokens of a block lie.
+        - `execution`: how the layers are carried out, but for attention: sequences are short here,
+            and the best backend at hand is taken.
+        """
+        heads, head_dim = self.layers.attention.heads, self.dim // self.layers.attention.heads
+        own = self.rotary(positions, cells, head_dim)
+        others = self.rotary(memory_positions, cells, head_dim)
+        memory = memory.astype(self.dtype)
+
+        def step(x, layer):
+            layer = execution.weights(layer)
+            part = layer.attention
+            h = layer.attention_norm(x).astype(self.dtype)
+            q = rotate(_heads(part.query(h, execution), heads), *own)
+            k = rotate(_heads(part.key(memory, execution), heads), *others)
+            v = _heads(part.value(memory, execution), heads)
+            q, k, v = (array.astype(self.dtype) for array in (q, k, v))
+            return _finish(layer, x, attention(q, k, v, mask), self.dtype, execution), None
+
+        if self.remat or execution.remat is not None:
+            step = jax.checkpoint(step, policy=execution.remat)
+        return jax.lax.scan(step, x, self.layers)[0]
+
+
+def with_dtype(stack: Stack, dtype: DTypeLike) -> Stack:
+    """The same layers, computing in another type."""
+    new = object.__new__(type(stack))  # the constructor would make new weights
+    for field in dataclasses.fields(cast(Any, stack)):
+        object.__setattr__(new, field.name, getattr(stack, field.name))
+    object.__setattr__(new, "dtype", jnp.dtype(dtype))
+    return new
+
+
+def check_sizes(dim: int, layers: int, heads: int) -> None:
+    """**Raises:** `ValueError` for layers that cannot be made."""
+    if layers < 1:
+        raise ValueError(f"layers is {layers}; it must be at least 1")
+    if dim % heads or (dim // heads) % 2:
+        raise ValueError(
+            f"dim {dim} over {heads} heads is not an even whole number; choose heads so that "
+            "dim / heads is even"
+        )
+
+
+def _heads(x: Float[Array, "tokens dim"], heads: int) -> Float[Array, "tokens heads head_dim"]:
+    return x.reshape(x.shape[0], heads, -1)
+
+
+def _finish(
+    layer: Layer, x, attended, dtype: DTypeLike, execution: AbstractExecution
+) -> Float[Array, "tokens dim"]:
+    """What comes after attention."""
+    attended = attended.reshape(x.shape).astype(dtype)
+    x = x + layer.attention.out(attended, execution)
+    h = layer.feed_forward_norm(x).astype(dtype)
+    return x + layer.feed_forward(h, execution)
+
+
+def _layer_flops(layers: Layer, tokens: int) -> float:
+    """Of the products of each token with the layers' matrices."""
+    matrices = (layers.attention, layers.feed_forward)
+    return 2.0 * tokens * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(matrices))
 
 
 def count_parameters(module: eqx.Module) -> int:

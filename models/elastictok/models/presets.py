@@ -5,6 +5,7 @@ else.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,24 @@ from jaxtyping import Array, Key
 
 from elastictok.quantizers import FSQ, AbstractQuantizer, GaussianVAE
 
-from ._elastictok import Decoder, ElasticTok, Encoder
+from ._coordinates import CoordDecoder
+from ._decoder import Decoder
+from ._elastictok import ElasticTok
+from ._encoder import Encoder
 from ._order import AbstractOrder, CoarseToFine, Raster
 from ._patching import Patching
 from ._preset import Preset
+from ._registers import RegisterDecoder, RegisterEncoder
 from ._rope import AbstractRotary, CellRotary, RankRotary
-from ._taildrop import ConditionDropout, FixedDrop, LogUniformDrop, UniformDrop
+from ._sample import PatchSample
+from ._taildrop import (
+    ConditionDropout,
+    FixedDrop,
+    InformationDrop,
+    LogUniformDrop,
+    PowerOfTwoDrop,
+    UniformDrop,
+)
 
 FSQ_64K = (8, 8, 8, 5, 5, 5)
 """Levels of the released discrete model: 64,000 codes."""
@@ -189,17 +202,12 @@ def elastictok_vae_200m(
 
 # The zoo: tokenizers of one size, 64x64 pixels and two layers of width 128 on each side, that two
 # cores train in minutes. They differ in the one thing that their names say.
+_sizes: dict[str, Any] = dict(
+    dim=128, hidden=256, heads=4, rotary=CellRotary(30.0, 100.0), place_frequencies=8
+)
+_registers: dict[str, Any] = _sizes | dict(layers=2, registers=128)
 _zoo = functools.partial(
-    build,
-    size=(64, 64),
-    order=CoarseToFine(),
-    dim=128,
-    hidden=256,
-    layers=2,
-    heads=4,
-    rotary=CellRotary(30.0, 100.0),
-    place_frequencies=8,
-    min_tokens=4,
+    build, size=(64, 64), order=CoarseToFine(), layers=2, min_tokens=4, **_sizes
 )
 
 
@@ -239,7 +247,61 @@ def elastic_video_vae(
     return elastic_video(key=key, quantizer=GaussianVAE(8) if quantizer is None else quantizer)
 
 
+def register_tokens(
+    *, key: Key[Array, ""], quantizer: AbstractQuantizer | None = None
+) -> ElasticTok:
+    """`elastic_video` with learned 1-D query tokens, 128 for a block whatever the frames' size."""
+    patching = Patching(2, 8, 8)
+    quantizer = FSQ(FSQ_64K) if quantizer is None else quantizer
+    e, d = jax.random.split(key)
+    encoder = RegisterEncoder(patching.patch_dim, quantizer.input_dim, **_registers, key=e)
+    decoder = RegisterDecoder(quantizer.latent_dim, patching.patch_dim, **_registers, key=d)
+    return ElasticTok(
+        patching,
+        Raster(),
+        encoder,
+        quantizer,
+        decoder,
+        frames_per_block=4,
+        min_tokens=4,
+        size=(64, 64),
+        context=4,
+    )
+
+
+def coord_decoder(*, key: Key[Array, ""], quantizer: AbstractQuantizer | None = None) -> ElasticTok:
+    """`elastic_video` whose decoder makes single patches from their coordinates: a training step
+    asks for 64 patches of each of two blocks, however long the clips are."""
+    patching = Patching(2, 8, 8)
+    quantizer = FSQ(FSQ_64K) if quantizer is None else quantizer
+    e, d = jax.random.split(key)
+    encoder = Encoder(patching.patch_dim, quantizer.input_dim, layers=2, **_sizes, key=e)
+    decoder = CoordDecoder(
+        quantizer.latent_dim,
+        patching.patch_dim,
+        layers=1,
+        cross_layers=2,
+        reach=2,
+        sample=PatchSample(blocks=2, patches=64),
+        **_sizes,
+        key=d,
+    )
+    return ElasticTok(
+        patching,
+        CoarseToFine(),
+        encoder,
+        quantizer,
+        decoder,
+        frames_per_block=4,
+        min_tokens=4,
+        size=(64, 64),
+        context=4,
+    )
+
+
 _ELASTICTOK = "ElasticTok, arXiv 2410.08368"
+_REGISTERS = "FlexTok, arXiv 2502.13967; One-D-Piece, 2501.10064; AdapTok, 2505.17011"
+_COORDINATES = "CoordTok, arXiv 2411.14762"
 
 PRESETS: dict[str, Preset] = {
     "demo": Preset(demo, about="What `elastictok demo` trains.", source=_ELASTICTOK),
@@ -289,6 +351,18 @@ PRESETS: dict[str, Preset] = {
         LogUniformDrop(),
         about="elastic_video, trained on every octave of lengths alike.",
     ),
+    "elastic_video_powers": Preset(
+        elastic_video,
+        PowerOfTwoDrop(),
+        about="elastic_video, trained at powers of two only.",
+        source="FlexTok, arXiv 2502.13967",
+    ),
+    "elastic_video_information": Preset(
+        elastic_video,
+        InformationDrop(),
+        about="elastic_video, trained at shorter lengths the easier a block is.",
+        source="after InfoTok",
+    ),
     "elastic_video_fixed": Preset(
         elastic_video,
         FixedDrop(64),
@@ -300,6 +374,28 @@ PRESETS: dict[str, Preset] = {
         FixedDrop(64),
         about="elastic_video_vae, always trained at half its tokens.",
         source=f"baseline of {_ELASTICTOK}, section 4",
+    ),
+    "register_tokens": Preset(
+        register_tokens,
+        about="Clips in learned 1-D tokens, as many as they need.",
+        source=_REGISTERS,
+    ),
+    "register_tokens_fixed": Preset(
+        register_tokens,
+        FixedDrop(64),
+        about="register_tokens, always trained at half its tokens.",
+        source=f"baseline; {_REGISTERS}",
+    ),
+    "coord_decoder": Preset(
+        coord_decoder,
+        about="Clips whose patches are decoded one by one from their coordinates.",
+        source=_COORDINATES,
+    ),
+    "coord_decoder_fixed": Preset(
+        coord_decoder,
+        FixedDrop(64),
+        about="coord_decoder, always trained at half its tokens.",
+        source=f"baseline; {_COORDINATES}",
     ),
 }
 """All presets by name."""
