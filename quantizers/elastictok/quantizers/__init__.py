@@ -1,4 +1,6 @@
-"""Bottlenecks of a tokenizer behind one abstract class: FSQ, Gaussian VAE, VQ, LFQ, residual."""
+"""Bottlenecks of a tokenizer behind one abstract class: scalar, binary and vector quantizers, ways
+to combine them, and continuous ones.
+"""
 
 import os
 
@@ -14,22 +16,41 @@ from ._base import (
     keep_rows,
     straight_through,
 )
+from ._bits import LFQStatistics
+from ._bsq import BSQ
+from ._estimators import AbstractEstimator, RotationTrick, StraightThrough
 from ._fsq import FSQ, UniformGrid
-from ._lfq import LFQ, LFQStatistics
+from ._grouped import Grouped
+from ._identity import Identity
+from ._lfq import LFQ
+from ._projected import Projected
 from ._residual import Residual
+from ._simvq import SimVQ
 from ._vae import GaussianVAE
-from ._vq import VQ, VQStatistics
+from ._vq import VQ, AbstractBook, Gradient, KMeansStart, MovingAverage, VQStatistics
 
 __all__ = [
+    "BSQ",
     "FSQ",
     "LFQ",
     "VQ",
+    "AbstractBook",
     "AbstractDiscreteQuantizer",
+    "AbstractEstimator",
     "AbstractQuantizer",
     "GaussianVAE",
+    "Gradient",
+    "Grouped",
+    "Identity",
+    "KMeansStart",
     "LFQStatistics",
+    "MovingAverage",
+    "Projected",
     "QuantizerOutput",
     "Residual",
+    "RotationTrick",
+    "SimVQ",
+    "StraightThrough",
     "UniformGrid",
     "VQStatistics",
     "keep_rows",

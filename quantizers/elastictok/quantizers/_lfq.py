@@ -3,31 +3,10 @@
 from typing import final
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PRNGKeyArray, PyTree
 
-from ._base import AbstractDiscreteQuantizer, QuantizerOutput, straight_through
-
-_MAX_DIM = 30
-# Probabilities are kept this far from 0 and 1, where the slope of the entropy is infinite.
-_MARGIN = float(np.finfo(np.float32).eps)
-
-
-class LFQStatistics(eqx.Module):
-    """What [`LFQ`][] sums over kept tokens; gradients flow through it.
-
-    **Fields:**
-
-    - `count`: the number of tokens.
-    - `entropy`: the entropies of the tokens' code distributions, in nats.
-    - `probabilities`: the probability of each bit being set.
-    """
-
-    count: Float32[Array, ""]
-    entropy: Float32[Array, ""]
-    probabilities: Float32[Array, " dim"]
+from ._base import AbstractDiscreteQuantizer, QuantizerOutput
+from ._bits import check_bits, codes_of_signs, corners_of_codes, entropy_penalty, quantize_signs
 
 
 @final
@@ -85,17 +64,12 @@ class LFQ(AbstractDiscreteQuantizer):
         self.scale = scale
 
     def __check_init__(self):
-        if not 1 <= self.dim <= _MAX_DIM:
-            raise ValueError(
-                f"dim is {self.dim}: it must be in 1 .. {_MAX_DIM}, so that 2**dim codes fit in "
-                "int32; use Residual for more bits."
-            )
-        for name in ("entropy_weight", "diversity", "commitment"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative.")
-        for name in ("temperature", "scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be positive.")
+        weights = ("entropy_weight", "diversity", "commitment")
+        check_bits(
+            self.dim,
+            {name: getattr(self, name) for name in weights},
+            {"temperature": self.temperature, "scale": self.scale},
+        )
 
     @property
     def latent_dim(self) -> int:
@@ -107,13 +81,11 @@ class LFQ(AbstractDiscreteQuantizer):
 
     def to_codes(self, latents: Float[Array, "tokens dim"]) -> Int32[Array, " tokens"]:
         """The codes of the signs."""
-        bits = (latents >= 0).astype(jnp.int32)
-        return jnp.sum(bits << np.arange(self.dim, dtype=np.int32), axis=-1, dtype=jnp.int32)
+        return codes_of_signs(latents)
 
     def from_codes(self, codes: Int[Array, " tokens"]) -> Float32[Array, "tokens dim"]:
         """`+scale` for the bits that are set and `-scale` for the others."""
-        bits = codes.astype(jnp.int32)[:, None] >> np.arange(self.dim, dtype=np.int32) & 1
-        return jnp.where(bits == 1, jnp.float32(self.scale), jnp.float32(-self.scale))
+        return corners_of_codes(codes, self.dim, self.scale)
 
     def quantize(
         self,
@@ -124,19 +96,7 @@ class LFQ(AbstractDiscreteQuantizer):
     ) -> QuantizerOutput:
         """The signs, the commitment loss, and the sums for the entropy penalty."""
         del key
-        codes = self.to_codes(bounded)
-        corners = self.from_codes(codes)
-        distances = jnp.where(keep, jnp.sum((bounded - corners) ** 2, axis=-1), 0.0)
-        logits = bounded * (4 * self.scale / self.temperature)
-        entropies = jnp.sum(_entropy_of_logits(logits), axis=-1)
-        probabilities = jnp.where(keep[:, None], jax.nn.sigmoid(logits), 0.0)
-        statistics = LFQStatistics(
-            count=jnp.sum(keep, dtype=jnp.float32),
-            entropy=jnp.sum(jnp.where(keep, entropies, 0.0)),
-            probabilities=jnp.sum(probabilities, axis=0),
-        )
-        latents = straight_through(corners, bounded)
-        return QuantizerOutput(latents, codes, self.commitment * jnp.sum(distances), statistics)
+        return quantize_signs(bounded, keep, self.scale, self.temperature, self.commitment)
 
     def batch_loss(self, statistics: PyTree) -> Float32[Array, ""]:
         """The entropy penalty, in nats; 0 for a batch without kept tokens.
@@ -145,14 +105,7 @@ class LFQ(AbstractDiscreteQuantizer):
 
         - `statistics`: an [`LFQStatistics`][] summed over the batch and all devices.
         """
-        count = jnp.maximum(statistics.count, 1.0)
-        mean_entropy = statistics.entropy / count
-        mean_bits = jnp.clip(statistics.probabilities / count, _MARGIN, 1 - _MARGIN)
-        entropy_of_mean = jnp.sum(
-            -mean_bits * jnp.log(mean_bits) - (1 - mean_bits) * jnp.log1p(-mean_bits)
-        )
-        penalty = self.entropy_weight * (mean_entropy - self.diversity * entropy_of_mean)
-        return jnp.where(statistics.count > 0, penalty, 0.0)
+        return entropy_penalty(statistics, self.entropy_weight, self.diversity)
 
     def refined(self) -> "LFQ":
         """The same at half the scale, and so a quarter of the temperature."""
@@ -168,10 +121,3 @@ class LFQ(AbstractDiscreteQuantizer):
     @property
     def nests(self) -> bool:
         return True
-
-
-def _entropy_of_logits(logits: Float32[Array, "tokens dim"]) -> Float32[Array, "tokens dim"]:
-    """The entropy in nats of a bit that is set with probability `sigmoid(logit)`."""
-    # In terms of |logit| both terms are small for large logits, so nothing cancels.
-    size = jnp.abs(logits)
-    return jax.nn.softplus(-size) + size * jax.nn.sigmoid(-size)

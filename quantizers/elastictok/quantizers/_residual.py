@@ -46,6 +46,9 @@ class Residual(AbstractDiscreteQuantizer):
 
         - `inner`: the first stage, with one code per token and a `refined` method.
         - `n`: the number of stages, 1 to 16.
+
+        **Raises:** `ValueError` for another `n` or several codes per token; what `refined` raises,
+        for a single stage too if the class does not define it.
         """
         if not 1 <= n <= _MAX_STAGES:
             raise ValueError(
@@ -57,6 +60,8 @@ class Residual(AbstractDiscreteQuantizer):
                 f"{type(inner).__name__} writes {inner.streams} codes per token: a stage of "
                 "Residual must write one. Ask for more stages instead."
             )
+        if type(inner).refined is AbstractDiscreteQuantizer.refined:
+            inner.refined()  # the error, for a single stage too
         stages = [inner]
         for _ in range(n - 1):
             stages.append(stages[-1].refined())
