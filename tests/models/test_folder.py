@@ -1,5 +1,6 @@
 """Model folders: what is saved is what is loaded, and nothing else is."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from elastictok.models import (
     ModelFileError,
     RankRotary,
+    RecentBlocks,
     count_parameters,
     fingerprint,
     load,
@@ -27,7 +29,23 @@ from elastictok.models import (
     save,
     with_compute_dtype,
 )
-from elastictok.quantizers import FSQ, LFQ, VQ, GaussianVAE, Residual
+from elastictok.models._describe import describe
+from elastictok.quantizers import (
+    BSQ,
+    FSQ,
+    LFQ,
+    VQ,
+    GaussianVAE,
+    Gradient,
+    Grouped,
+    Identity,
+    KMeansStart,
+    Projected,
+    Residual,
+    RotationTrick,
+    SimVQ,
+    UniformGrid,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +61,12 @@ def folder(tmp_path_factory):
         VQ(16, 3, key=jax.random.key(1)),
         LFQ(4),
         Residual(VQ(16, 3, key=jax.random.key(1)), 2),
+        VQ(16, 3, key=jax.random.key(1), book=Gradient(), start=KMeansStart(), cosine=True),
+        SimVQ(16, 3, key=jax.random.key(1), estimator=RotationTrick()),
+        BSQ(4),
+        Grouped(VQ(16, 2, key=jax.random.key(1)), 2),
+        Projected(4, FSQ((5, 5)), 3, key=jax.random.key(1)),
+        Identity(3),
     ],
     ids=lambda q: type(q).__name__,
 )
@@ -262,6 +286,79 @@ def test_weights_of_another_quantizer_are_refused_by_name(make_tiny, tmp_path):
         shutil.copy(tmp_path / weights / "model.safetensors", mixed)
         with pytest.raises(ModelFileError, match=message.replace(r" \[16", r" float32\[16")):
             load(mixed)
+
+
+def rivals():
+    """Quantizers that take and give three values a token, some with the same arrays."""
+    key = jax.random.key(1)
+    return {
+        "fsq": FSQ((5, 4, 3)),
+        "fsq_other_order": FSQ((3, 4, 5)),
+        "grid": UniformGrid((5, 4, 3), (4, 3, 2)),
+        "lfq": LFQ(3),
+        "lfq_other_scale": LFQ(3, scale=2.0),
+        "bsq": BSQ(3),
+        "identity": Identity(3),
+        "vq": VQ(16, 3, key=key),
+        "vq_cosine": VQ(16, 3, key=key, cosine=True),
+        "vq_rotation": VQ(16, 3, key=key, estimator=RotationTrick()),
+        "vq_gradient": VQ(16, 3, key=key, book=Gradient()),
+        "vq_larger": VQ(17, 3, key=key),
+        "simvq": SimVQ(16, 3, key=key),
+        "residual": Residual(VQ(16, 3, key=key), 2),
+        "residual_fsq": Residual(FSQ((5, 4, 3)), 2),
+        "grouped": Grouped(FSQ((5,)), 3),
+        "projected": Projected(3, FSQ((5, 4, 3)), 3, key=key),
+    }
+
+
+@pytest.mark.parametrize("trained", rivals())
+def test_a_quantizer_cannot_be_swapped_under_trained_weights(make_tiny, tmp_path, trained):
+    save(make_tiny(rivals()[trained]), tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    for name, other in rivals().items():
+        if name == trained:
+            continue
+        edit(tmp_path, lambda config, q=other: config["model"].update(quantizer=describe(q)))
+        with pytest.raises(ModelFileError, match=r"a quantizer swapped|does not hold the weights"):
+            load(tmp_path)
+        (tmp_path / "config.json").write_text(before)
+    assert eqx.tree_equal(load(tmp_path), make_tiny(rivals()[trained]))
+
+
+def test_a_quantizer_of_another_width_does_not_fit_the_encoder(make_tiny, tmp_path):
+    save(make_tiny(FSQ((5, 4, 3))), tmp_path)
+    edit(tmp_path, lambda config: config["model"].update(quantizer=describe(FSQ((5, 4)))))
+    with pytest.raises(ModelFileError, match="the encoder gives 3 values per token where 2 are"):
+        load(tmp_path)
+
+
+def test_a_field_at_its_default_is_not_in_the_config(make_tiny, tmp_path):
+    """So that what was saved before a class had it is still the same, and its fingerprint."""
+    save(make_tiny(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "visibility" not in config["model"]["encoder"]
+    changed = make_tiny()
+    visibility = RecentBlocks(window=2)
+    changed = dataclasses.replace(
+        changed, encoder=replaced_field(changed.encoder, "visibility", visibility)
+    )
+    assert fingerprint(changed) != fingerprint(make_tiny())
+    save(changed, tmp_path)
+    assert load(tmp_path).encoder.visibility == visibility
+    edit(tmp_path, lambda config: config["model"]["encoder"].pop("visibility"))
+    with pytest.raises(ModelFileError, match="was edited"):
+        load(tmp_path)
+
+
+def replaced_field(module, name, value):
+    """A copy with one field changed, past a constructor that would make new weights."""
+    new = object.__new__(type(module))
+    for field in dataclasses.fields(module):
+        object.__setattr__(
+            new, field.name, value if field.name == name else getattr(module, field.name)
+        )
+    return new
 
 
 def test_weights_of_another_geometry_are_refused_before_any_is_read(

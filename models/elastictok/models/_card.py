@@ -2,7 +2,9 @@
 
 from elastictok.quantizers import AbstractDiscreteQuantizer
 
+from ._decoder import AbstractDecoder
 from ._elastictok import ElasticTok
+from ._encoder import AbstractEncoder
 from ._transformer import count_parameters
 
 # The last line of a card that may be written again.
@@ -31,8 +33,8 @@ def model_card(model: ElasticTok, *, about: str | None = None) -> str:
         "token order": type(model.order).__name__,
         "trained size": f"{height} x {width} pixels",
         "context": f"{model.context} block{'s' * (model.context > 1)}",
-        "encoder and decoder": f"{model.encoder.transformer.depth} + "
-        f"{model.decoder.transformer.depth} layers, width {model.encoder.transformer.dim}",
+        "encoder": _side(model.encoder),
+        "decoder": _side(model.decoder),
         "computes in": f"{model.encoder.transformer.dtype}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
@@ -81,6 +83,14 @@ elastictok decode clip.safetensors --model . -o again.mp4
 `config.json` holds every setting and the sha256 of the weights, which is checked when they are
 loaded.
 """
+
+
+def _side(side: AbstractEncoder | AbstractDecoder) -> str:
+    layers = side.transformer.depth
+    return (
+        f"{type(side).__name__}, {count_parameters(side):,} parameters, {layers} "
+        f"layer{'s' * (layers > 1)} of width {side.transformer.dim}"
+    )
 
 
 def _values(model: ElasticTok) -> str:

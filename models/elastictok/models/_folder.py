@@ -163,8 +163,9 @@ def load(
     ]
     if not matches:
         raise ModelFileError(
-            f"{file} does not have the sha256 that config.json gives; one of them is damaged or "
-            "from another model: copy the folder again"
+            f"{file} does not have the sha256 that config.json gives: one of them is damaged, was "
+            "edited or is from another model. Copy the folder again; a setting cannot be changed "
+            "under trained weights, nor a quantizer swapped: train a model with it"
         )
     model = undescribe(matches[0].model, table)
     return replaced(model, lambda name, _: arrays[name])

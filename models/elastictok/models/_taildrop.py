@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-# The share of its tokens that InformationDrop expects a block to keep, at least and at most. Further
-# out, hard blocks would as good as never be trained at short lengths: at most one in 500 keeps
-# fewer than half.
+# The share of its tokens that InformationDrop expects a block to keep, at least and at most. Even so
+# only one in 512 of the hardest blocks keeps fewer than half; further out, as good as none.
 _LEAST, _MOST = 0.1, 0.9
 
 

@@ -350,6 +350,7 @@ PRESETS: dict[str, Preset] = {
         elastic_video,
         LogUniformDrop(),
         about="elastic_video, trained on every octave of lengths alike.",
+        source=f"after {_ELASTICTOK}",
     ),
     "elastic_video_powers": Preset(
         elastic_video,
@@ -361,7 +362,7 @@ PRESETS: dict[str, Preset] = {
         elastic_video,
         InformationDrop(),
         about="elastic_video, trained at shorter lengths the easier a block is.",
-        source="after InfoTok",
+        source="after InfoTok, arXiv 2512.16975",
     ),
     "elastic_video_fixed": Preset(
         elastic_video,
