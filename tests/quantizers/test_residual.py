@@ -15,6 +15,8 @@ from elastictok.quantizers import (
     AbstractDiscreteQuantizer,
     GaussianVAE,
     Residual,
+    RotationTrick,
+    SimVQ,
     UniformGrid,
 )
 
@@ -236,3 +238,13 @@ def test_deepest_stages_still_round_trip():
 def test_stages_of_fsq():
     stages = Residual(FSQ((8, 5)), 3).stages
     assert stages[1:] == (UniformGrid((8, 5), (64, 20)), UniformGrid((8, 5), (512, 100)))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_estimator_that_would_be_ignored_is_refused(n):
+    for inner in (
+        VQ(4, 2, key=jax.random.key(0), estimator=RotationTrick()),
+        SimVQ(4, 2, key=jax.random.key(0), estimator=RotationTrick()),
+    ):
+        with pytest.raises(NotImplementedError, match="has the estimator RotationTrick"):
+            Residual(inner, n)

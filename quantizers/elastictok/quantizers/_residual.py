@@ -8,7 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PRNGKeyArray, PyTree
 
 from ._base import AbstractDiscreteQuantizer, QuantizerOutput, straight_through
+from ._estimators import check_residual
 from ._nearest import nearest
+from ._simvq import SimVQ
+from ._vq import VQ
 
 # Each nested stage takes a factor of two or more out of float32's 24 bits.
 _MAX_STAGES = 16
@@ -62,6 +65,8 @@ class Residual(AbstractDiscreteQuantizer):
             )
         if type(inner).refined is AbstractDiscreteQuantizer.refined:
             inner.refined()  # the error, for a single stage too
+        if isinstance(inner, VQ | SimVQ):
+            check_residual(inner.estimator, type(inner).__name__)
         stages = [inner]
         for _ in range(n - 1):
             stages.append(stages[-1].refined())
