@@ -13,10 +13,10 @@ import equinox as eqx
 import jax
 import numpy as np
 import optax
-from tiny_training import Counted, quantizers, tiny_model
+from tiny_training import Counted, quantizers, tiny_coordinates, tiny_model, tiny_registers
 
 from elastictok.data import Batch
-from elastictok.models import UniformDrop
+from elastictok.models import ElasticTok, InformationDrop, UniformDrop
 from elastictok.train import (
     MSE,
     CompiledStep,
@@ -32,6 +32,8 @@ from elastictok.train._fit import _placed_state
 from elastictok.train._sharding import execution_on
 
 STEPS = 10
+MODELS = {"registers": tiny_registers, "coordinates": tiny_coordinates}
+POLICIES = {"uniform": UniformDrop(), "information": InformationDrop()}
 
 
 def remember() -> optax.GradientTransformation:
@@ -65,23 +67,29 @@ def multihost(leaf):
     return jax.device_put(leaf, everywhere).addressable_data(0)
 
 
-def run(quantizer: str, axes: str, *, accumulate: int = 1, remat=None) -> dict:
+def make(name: str) -> ElasticTok:
+    """One of `MODELS`, or the usual one with the quantizer of that name."""
+    if name in MODELS:
+        return MODELS[name]()
+    return tiny_model(quantizers()[name], heads=8, dim=32, context=4)
+
+
+def run(name: str, axes: str, parts: str = "1", policy: str = "uniform") -> dict:
     sizes = parse_mesh(axes)
     count = int(np.prod(list(sizes.values())))
     devices = jax.devices()[:count]
     mesh = make_mesh(**sizes, devices=devices)
-    execution = execution_on(mesh, remat)
+    execution = execution_on(mesh, None)
     optimizer = optax.chain(remember(), adamw(3e-3, weight_decay=0.1))
-    model = tiny_model(quantizers()[quantizer], heads=8, dim=32, context=4)
-    state = _placed_state(model, optimizer, jax.random.key(0), mesh, None)
+    state = _placed_state(make(name), optimizer, jax.random.key(0), mesh, None)
     batches = iter(Counted(examples=8, blocks=4))
     step = functools.partial(
         train_step,
         optimizer=optimizer,
         loss=MSE(),
-        tail_drop=UniformDrop(),
+        tail_drop=POLICIES[policy],
         quantizer_weight=0.5,
-        accumulate=accumulate,
+        accumulate=int(parts),
         execution=execution,
     )
     compiled, losses, gradient = None, [], None
@@ -117,7 +125,7 @@ def run(quantizer: str, axes: str, *, accumulate: int = 1, remat=None) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("runs", nargs="+", help="QUANTIZER:AXES[:PARTS]")
+    parser.add_argument("runs", nargs="+", help="QUANTIZER:AXES[:PARTS[:POLICY]]")
     parser.add_argument("--process", nargs=3, type=int)
     arguments = parser.parse_args()
     jax.config.update("jax_disable_most_optimizations", True)
@@ -126,8 +134,7 @@ def main() -> None:
         jax.distributed.initialize(f"127.0.0.1:{port}", count, number)
     results = {}
     for name in arguments.runs:
-        quantizer, axes, *parts = name.split(":")
-        results[name] = run(quantizer, axes, accumulate=int(parts[0]) if parts else 1)
+        results[name] = run(*name.split(":"))
     if jax.process_index() == 0:
         print(json.dumps(results))
 

@@ -77,6 +77,15 @@ def test_so_do_other_meshes_over_two_processes(name):
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("axes", [ALL_AXES, "data=2,tensor=2,fsdp=2"])
+@pytest.mark.parametrize("name", ["registers", "coordinates"])
+def test_so_does_a_mesh_for_other_encoders_and_decoders(name, axes):
+    names = [f"{name}:{each}" for each in ("data=1", ALL_AXES, "data=2,tensor=2,fsdp=2")]
+    found = runs(*names)
+    check(found[names[0]], found[f"{name}:{axes}"], 1e-5)
+
+
+@pytest.mark.heavy
 def test_a_batch_in_parts_gives_the_run_of_the_whole_batch():
     names = ["GaussianVAE:data=1", "GaussianVAE:data=1:4", "GaussianVAE:data=2,fsdp=2:2"]
     found = runs(*names)

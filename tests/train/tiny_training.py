@@ -6,7 +6,20 @@ import jax
 import numpy as np
 
 from elastictok.data import Batch
-from elastictok.models import CoarseToFine, ElasticTok, Patching, RankRotary, presets
+from elastictok.models import (
+    AbstractDecoder,
+    AbstractEncoder,
+    CoarseToFine,
+    CoordDecoder,
+    ElasticTok,
+    Encoder,
+    Patching,
+    PatchSample,
+    RankRotary,
+    RegisterDecoder,
+    RegisterEncoder,
+    presets,
+)
 from elastictok.quantizers import FSQ, LFQ, VQ, AbstractQuantizer, GaussianVAE, Residual
 from elastictok.train import adamw
 
@@ -53,6 +66,56 @@ def tiny_model(
         std=0.1,
         place_frequencies=2,
         key=jax.random.key(seed),
+    )
+
+
+def tiny_registers(context: int = 4) -> ElasticTok:
+    """Learned 1-D tokens: 3 for the four patches of a block."""
+    options = SIDES | {"registers": 3, "layers": 1}
+    return _tiny(
+        RegisterEncoder(PATCH, 6, **options, key=jax.random.key(0)),
+        RegisterDecoder(3, PATCH, **options, key=jax.random.key(1)),
+        context,
+    )
+
+
+def tiny_coordinates(context: int = 4) -> ElasticTok:
+    """A training step asks for 2 patches of each of 2 blocks."""
+    encoder = Encoder(PATCH, 6, layers=1, **SIDES, key=jax.random.key(0))
+    decoder = CoordDecoder(
+        3,
+        PATCH,
+        layers=1,
+        cross_layers=1,
+        sample=PatchSample(2, 2),
+        **SIDES,
+        key=jax.random.key(1),
+    )
+    return _tiny(encoder, decoder, context)
+
+
+PATCH = 8 * 8 * 3
+SIDES = {
+    "dim": 32,
+    "hidden": 32,
+    "heads": 8,
+    "rotary": RankRotary(1e4),
+    "std": 0.1,
+    "place_frequencies": 2,
+}
+
+
+def _tiny(encoder: AbstractEncoder, decoder: AbstractDecoder, context: int) -> ElasticTok:
+    return ElasticTok(
+        Patching(1, 8, 8),
+        CoarseToFine(),
+        encoder,
+        GaussianVAE(3),
+        decoder,
+        frames_per_block=1,
+        min_tokens=1,
+        size=(SIZE, SIZE),
+        context=context,
     )
 
 

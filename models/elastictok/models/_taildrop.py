@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-# The share of its tokens that InformationDrop expects a block to keep, at least and at most. Even so
-# only one in 512 of the hardest blocks keeps fewer than half; further out, as good as none.
+# The share of its tokens that InformationDrop expects a block to keep, at least and at most. As it
+# is, one in 512 of the hardest blocks keeps fewer than half; further out, as good as none would.
 _LEAST, _MOST = 0.1, 0.9
 
 

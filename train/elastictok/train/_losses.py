@@ -21,6 +21,12 @@ class AbstractLoss(eqx.Module):
     `fit` takes any callable of this signature; a class is only needed for what has parameters.
     """
 
+    @property
+    def whole_frames(self) -> bool:
+        """Whether it looks at frames as pictures, and so has no use for patches that a decoder was
+        asked for here and there (`elastictok.models.PatchSample`); no by default."""
+        return False
+
     @abc.abstractmethod
     def __call__(
         self,
@@ -100,6 +106,10 @@ class Sum(AbstractLoss):
             if isinstance(weight, float | int) and not math.isfinite(weight):
                 raise ValueError(f"the weight of {loss!r} is {weight}; give a finite number")
         self.terms = terms
+
+    @property
+    def whole_frames(self) -> bool:
+        return any(loss.whole_frames for _, loss in self.terms if isinstance(loss, AbstractLoss))
 
     def at(self, step: Int[ArrayLike, ""]) -> "Sum":
         """The same losses with their weights of a step, those inside other sums included."""

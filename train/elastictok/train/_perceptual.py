@@ -42,6 +42,10 @@ class Perceptual(AbstractLoss):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
 
+    @property
+    def whole_frames(self) -> bool:
+        return True
+
     def __call__(
         self,
         prediction: Float[Array, "batch blocks frames height width 3"],

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -27,9 +27,7 @@ from elastictok.eval import Table, TableRow, format_table
 from elastictok.models import (
     AbstractExecution,
     ElasticTok,
-    Linear,
     Local,
-    Transformer,
     UniformDrop,
     trainable,
 )
@@ -410,7 +408,8 @@ def plan(
     known: dict[str, Any] = memory
     if program is not None:
         shards = mesh.shape["sequence"]
-        share = _busiest_share(context, model.max_tokens, shards)
+        block = model.encoder.positions(model.grid(*model.size))
+        share = _busiest_share(context, block, shards)
         known |= {
             "flops": program.flops + sum(share * k.flops * k.times for k in program.kernels),
             "traffic": program.traffic + share * _read_again(program, model, device.device_kind),
@@ -541,7 +540,8 @@ def _kept(
 
             def total(params: PyTree) -> Any:
                 whole = eqx.combine(params, rest)
-                return batch_losses(whole, batch, loss, tail_drop, 1.0, keys, execution)[0]
+                errors = jnp.ones(batch.valid.shape)  # whatever they are, the shapes are these
+                return batch_losses(whole, batch, loss, tail_drop, 1.0, keys, execution, errors)[0]
 
             return jax.vjp(total, params)[1]
 
@@ -592,22 +592,11 @@ def model_flops(model: ElasticTok, context: int) -> float:
     - `model`: with arrays or shapes.
     - `context`: blocks in the sequence.
     """
-    tokens, block = context * model.max_tokens, model.max_tokens
-    flops = 0
-    for side in (model.encoder, model.decoder):
-        for linear in _linears(side):
-            # Pixels have no gradient.
-            passes = 2 if linear is model.encoder.in_proj else 3
-            flops += passes * 2 * tokens * math.prod(linear.weight.shape)
-        stack: Transformer = side.transformer
-        flops += 3 * 4 * visible_pairs(context, block) * stack.dim * stack.depth
-    return float(flops)
-
-
-def _linears(module: eqx.Module) -> Iterator[Linear]:
-    for leaf in jax.tree.leaves(module, is_leaf=lambda node: isinstance(node, Linear)):
-        if isinstance(leaf, Linear):
-            yield leaf
+    grid = model.grid(*model.size)
+    forward = model.encoder.flops(context, grid) + model.decoder.flops(context, grid)
+    # Pixels have no gradient.
+    spared = 2.0 * context * math.prod(grid) * math.prod(model.encoder.in_proj.weight.shape)
+    return 3 * forward - spared
 
 
 def _read_again(program: Program, model: ElasticTok, chip: str) -> float:
@@ -616,7 +605,8 @@ def _read_again(program: Program, model: ElasticTok, chip: str) -> float:
     total = 0.0
     stack = model.encoder.transformer
     dtype = jnp.dtype(stack.dtype)
-    key = TileKey("pallas_tpu", chip, dtype.name, stack.head_dim, model.max_tokens)
+    block = model.encoder.positions(model.grid(*model.size))
+    key = TileKey("pallas_tpu", chip, dtype.name, stack.head_dim, block)
     tiles = tile_sizes(key).tiles
     assert isinstance(tiles, TPUTileSizes)
     own = {

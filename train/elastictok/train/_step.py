@@ -128,6 +128,9 @@ def train_step(
     - `accumulate`: parts that the batch is computed in, one after the other, for less memory. The
         gradient is that of the whole batch, for losses that are means over valid blocks; the
         quantizer's batch loss, and what a loss draws at random, are per part.
+    - `tail_drop`: draws the kept lengths. One whose `probe` is not None is told before how well the
+        state's averaged model reconstructs the blocks from that share of their tokens: one more
+        pass forward, part by part, and the same errors however many parts there are.
     - `average`: how the state's average moves; None leaves it.
     - `execution`: how the model's layers are carried out.
 
@@ -143,13 +146,18 @@ def train_step(
     def total(params: PyTree, part: _Part):
         model = eqx.combine(params, rest)
         value, others = batch_losses(
-            model, part.batch, loss, tail_drop, weight, part.keys, execution
+            model, part.batch, loss, tail_drop, weight, part.keys, execution, part.errors
         )
         return part.share * value, others
 
+    parts = _parts(batch, step_keys(state.key, state.step, batch.pixels.shape[0]), accumulate)
+    if isinstance(tail_drop, AbstractTailDrop) and tail_drop.probe is not None:
+        measure = functools.partial(
+            block_errors, state.averaged(), share=tail_drop.probe, execution=execution
+        )
+        parts = parts._replace(errors=relative(_each(measure, parts.batch), parts.batch.valid))
     gradient, metrics, statistics = _accumulated(
-        functools.partial(jax.value_and_grad(total, has_aux=True), params),
-        _parts(batch, step_keys(state.key, state.step, batch.pixels.shape[0]), accumulate),
+        functools.partial(jax.value_and_grad(total, has_aux=True), params), parts
     )
     updates, opt_state = optimizer.update(gradient, state.opt_state, params)
     params = eqx.apply_updates(params, updates)
@@ -172,11 +180,13 @@ class Keys(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What is computed at once, and its share of the batch's valid blocks."""
+    """What is computed at once, its share of the batch's valid blocks, and for a policy that wants
+    to know them the errors of its blocks."""
 
     batch: DeviceBatch
     keys: Keys
     share: Float[Array, ""]
+    errors: Float[Array, "*parts batch blocks"] | None = None
 
 
 def step_keys(key: Key[Array, ""], step: Int[ArrayLike, ""], examples: int) -> Keys:
@@ -209,6 +219,13 @@ def _parts(batch: DeviceBatch, keys: Keys, count: int) -> _Part:
     return _Part(batches, each, blocks / jnp.maximum(jnp.sum(blocks), 1))
 
 
+def _each(function: Callable[[DeviceBatch], Array], batches: DeviceBatch) -> Array:
+    """The function's values for all parts, stacked; one part after the other."""
+    if batches.valid.shape[0] > 1:
+        return jax.lax.map(function, batches)
+    return function(jax.tree.map(lambda x: x[0], batches))[None]
+
+
 def _accumulated(
     part_gradient: Callable[[_Part], Any], parts: _Part
 ) -> tuple[PyTree, Metrics, PyTree]:
@@ -230,6 +247,54 @@ def _accumulated(
     return jax.lax.scan(add, nothing, parts)[0]
 
 
+def block_errors(
+    model: ElasticTok,
+    batch: DeviceBatch,
+    *,
+    share: float,
+    execution: AbstractExecution = LOCAL,
+) -> Float[Array, "batch blocks"]:
+    """The mean squared error of each block's pixels, in [-1, 1], without a gradient.
+
+    **Arguments:**
+
+    - `share`: of the tokens, of which the model reconstructs (within its bounds).
+    - `execution`: as of `train_step`.
+
+    **Returns:** 0 for blocks that are not valid.
+    """
+    examples, blocks, _, height, width, _ = batch.pixels.shape
+    tokens = model.tokens_per_block(height, width)
+    kept = min(max(round(share * tokens), min(model.min_tokens, tokens)), tokens)
+    lengths = jnp.full((blocks,), kept, jnp.int32)
+    target = _clips(model, batch)
+    pixels = jax.vmap(
+        lambda x, segments, valid: model(x, lengths, segments, valid, execution=execution).pixels,
+        spmd_axis_name=execution.batch_axes,
+    )(target, batch.segments, batch.valid)
+    errors = jnp.mean(jnp.square(pixels - target).reshape(examples, blocks, -1), axis=-1)
+    return jax.lax.stop_gradient(jnp.where(batch.valid, errors, 0))
+
+
+def relative(
+    errors: Float[Array, "*parts batch blocks"], valid: Bool[Array, "*parts batch blocks"]
+) -> Float[Array, "*parts batch blocks"]:
+    """Errors divided by their mean over the valid blocks; 1 for all if there is none at all."""
+    mean = jnp.sum(jnp.where(valid, errors, 0)) / jnp.maximum(jnp.sum(valid), 1)
+    return jnp.where(mean > 0, errors / jnp.where(mean > 0, mean, 1), 1)
+
+
+def _clips(model: ElasticTok, batch: DeviceBatch) -> Float[Array, "batch frames height width 3"]:
+    """The pixels of a batch in [-1, 1], the blocks of an example one after the other."""
+    examples, _, frames, *rest = batch.pixels.shape
+    if frames != model.frames_per_block:
+        raise DataError(
+            f"the batches have blocks of {frames} frames and the model of {model.frames_per_block};"
+            " make them with Geometry(model.size, model.frames_per_block, model.context)"
+        )
+    return (batch.pixels.astype(jnp.float32) / 127.5 - 1).reshape(examples, -1, *rest)
+
+
 def batch_losses(
     model: ElasticTok,
     batch: DeviceBatch,
@@ -238,42 +303,44 @@ def batch_losses(
     quantizer_weight: ArrayLike,
     keys: Keys,
     execution: AbstractExecution = LOCAL,
+    errors: Float[Array, "batch blocks"] | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, PyTree]]:
-    """The total loss of a batch, its metrics, and the quantizer's statistics summed over it.
+    """The total loss of a batch, its metrics, and the quantizer's statistics summed over it. Pixels
+    are compared where the model's decoder is asked for them (`ElasticTok.reconstruct`).
 
-    **Arguments:** as of `train_step`.
+    **Arguments:** as of `train_step`, and
+
+    - `errors`: that a `tail_drop` with a `probe` is informed of: `relative(block_errors(...))`.
     """
-    examples, blocks, frames, height, width, _ = batch.pixels.shape
-    if frames != model.frames_per_block:
-        raise DataError(
-            f"the batches have blocks of {frames} frames and the model of {model.frames_per_block};"
-            " make them with Geometry(model.size, model.frames_per_block, model.context)"
+    if isinstance(loss, AbstractLoss) and loss.whole_frames and model.decoder.sample is not None:
+        raise ValueError(
+            f"{loss!r} looks at whole frames and the model's decoder is trained on "
+            f"{model.decoder.sample!r}; use a loss of single pixels (leave out --perceptual), or a "
+            "decoder without a sample"
         )
+    _, blocks, _, height, width, _ = batch.pixels.shape
     tokens = model.tokens_per_block(height, width)
     least = min(model.min_tokens, tokens)
-    lengths = jax.vmap(lambda key: tail_drop(key, blocks, least, tokens))(keys.lengths)
-    told = lengths
-    if isinstance(tail_drop, AbstractTailDrop):  # any other function only draws
-        told = jax.vmap(lambda key, n: tail_drop.told(key, n, tokens))(keys.lengths, lengths)
-    target = batch.pixels.astype(jnp.float32) / 127.5 - 1
+
+    def draw(key: Key[Array, ""], errors: Float[Array, "blocks"] | None):
+        if not isinstance(tail_drop, AbstractTailDrop):  # any other function only draws
+            lengths = tail_drop(key, blocks, least, tokens)
+            return lengths, lengths
+        policy = tail_drop if errors is None else tail_drop.informed(errors)
+        lengths = policy(key, blocks, least, tokens)
+        return lengths, policy.told(key, lengths, tokens)
+
+    lengths, told = jax.vmap(draw)(keys.lengths, errors)
     out = jax.vmap(
-        lambda x, length, told, segments, valid, key: model(
+        lambda x, length, told, segments, valid, key: model.reconstruct(
             x, length, segments, valid, told=told, key=key, execution=execution
         ),
         spmd_axis_name=execution.batch_axes,
-    )(
-        target.reshape(examples, blocks * frames, height, width, 3),
-        lengths,
-        told,
-        batch.segments,
-        batch.valid,
-        keys.model,
-    )
+    )(_clips(model, batch), lengths, told, batch.segments, batch.valid, keys.model)
     # Both sides, before any arithmetic: what a loss does with padding then has no gradient either.
-    seen = batch.valid[:, :, None, None, None, None]
-    prediction = jnp.where(seen, out.pixels.reshape(target.shape), 0)
-    target = jnp.where(seen, target, 0)
-    reconstruction = loss(prediction, target, batch.valid, key=keys.loss)
+    seen = out.valid[:, :, None, None, None, None]
+    prediction, target = jnp.where(seen, out.prediction, 0), jnp.where(seen, out.target, 0)
+    reconstruction = loss(prediction, target, out.valid, key=keys.loss)
 
     # A model divides by its own example's valid blocks: the mean over the batch weighs them back.
     count = jnp.sum(batch.valid, axis=1)
@@ -286,7 +353,7 @@ def batch_losses(
         "loss": reconstruction + quantizer,
         "reconstruction": reconstruction,
         "quantizer": quantizer,
-        "mse": MSE()(prediction, target, batch.valid),
+        "mse": MSE()(prediction, target, out.valid),
         "kept": mean_over_valid(share, batch.valid),
     }
     return metrics["loss"], (metrics, statistics)
