@@ -9,11 +9,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from elastictok.cli import main
+from elastictok.cli._commands import QuantizerName
 from elastictok.data import read_media, write_picture
 from elastictok.inference import Tokens
 from elastictok.models import load
@@ -29,6 +31,7 @@ from elastictok.models import load
         ("data", "tokenize"),
         ("train",),
         ("plan",),
+        ("zoo",),
         ("import-official",),
         ("encode",),
         ("decode",),
@@ -146,7 +149,7 @@ def test_starting_from_a_run_takes_its_weights(run, media, tmp_path, run_program
 
 @pytest.mark.parametrize(
     "quantizer",
-    [pytest.param(n, marks=pytest.mark.heavy) for n in ("vq", "vae", "lfq", "residual")],
+    [pytest.param(n, marks=pytest.mark.heavy) for n in get_args(QuantizerName) if n != "fsq"],
 )
 def test_another_quantizer_trains_saves_searches_and_decodes(
     media, tmp_path, run_program, quantizer
@@ -158,7 +161,7 @@ def test_another_quantizer_trains_saves_searches_and_decodes(
     run_program("encode", picture, "--model", out, "--threshold", 0.05, "-o", tokens)
     run_program("decode", tokens, "--model", out, "-o", tmp_path / "y.png")
     inspected = run_program("inspect", tokens).out
-    assert ("n/a (not quantized)" in inspected) == (quantizer == "vae")
+    assert ("n/a (not quantized)" in inspected) == (quantizer in {"vae", "identity"})
 
 
 def test_what_a_user_gets_wrong_is_named(run, media, tmp_path, run_program, capsys):

@@ -1,4 +1,4 @@
-"""The `elastictok` command: train, encode, decode, inspect, eval, demo."""
+"""The `elastictok` command: demo, zoo, train, encode, decode, inspect, eval and others."""
 
 from ._main import main
 

@@ -8,13 +8,26 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 Output = Annotated[Path, arg(aliases=("-o",))]
 Precision = Literal["float32", "bfloat16"]
 Remat = Literal["layers", "attention", "products", "none"]
 StrategyName = Literal["binary", "secant", "k-ary", "binned", "warm-start", "encode-once"]
-QuantizerName = Literal["fsq", "vae", "vq", "lfq", "residual"]
+QuantizerName = Literal[
+    "fsq",
+    "vae",
+    "vq",
+    "simvq",
+    "lfq",
+    "bsq",
+    "residual",
+    "grouped",
+    "projected",
+    "identity",
+]
+TailDropName = Literal["uniform", "log-uniform", "power-of-two", "information", "fixed"]
+Code = Annotated[tuple[Path, ...], UseAppendAction]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +56,8 @@ class Train:
     """Train a model on folders of pictures and clips."""
 
     preset: Positional[str]
-    """Model to train: demo, small, elastictok_fsq_200m or elastictok_vae_200m."""
+    """Model to train: demo, small or another of those that `elastictok zoo` lists; or FILE.py:NAME
+    for a preset of your own, a function of `key` in a Python file, which is imported."""
     data: tuple[str, ...]
     """Folders of pictures (jpg, png, webp) and clips (mp4, webm, avi, mov), nested as you like, or
     data sets made by `data build`. FOLDER:0.3 for each gives every one that share of the blocks."""
@@ -65,11 +79,16 @@ class Train:
     warmup: int | None = None
     """Steps of warm-up; by default a twentieth of all, at most 2000."""
     quantizer: QuantizerName | None = None
-    """Another quantizer than the preset's, in the rest of the same model."""
+    """Another quantizer than the preset's, in the rest of the same model; `elastictok zoo` says
+    what they are."""
     context: int | None = None
     """Blocks that a sequence holds; the preset's by default."""
-    tail_drop: Literal["uniform", "log-uniform"] = "uniform"
-    """How kept lengths are drawn."""
+    tail_drop: TailDropName | None = None
+    """How kept lengths are drawn; by default as the preset says. uniform, every octave alike
+    (log-uniform), powers of two, by what is hard to reconstruct (information), or always --length
+    tokens (fixed)."""
+    length: int | None = None
+    """With --tail-drop fixed: tokens of each block."""
     condition_dropout: float = 0.0
     """In this share of the blocks, do not tell the encoder how many tokens are kept: `encode` and
     `eval` can then run it once for each block (--encode-once)."""
@@ -117,6 +136,9 @@ class Train:
     """Go on from the newest checkpoint in the run folder, if there is one."""
     init_from: Path | None = None
     """Model or run folder, or hf:owner/name, to start from instead of random weights."""
+    code: Code = ()
+    """With --init-from: Python file with classes of your own that the model is made of, which is
+    imported; may be given several times."""
     validation: tuple[Path, ...] = ()
     """Folders of pictures and clips to measure the model on at every checkpoint; the best one on
     them becomes the model."""
@@ -153,7 +175,7 @@ class Plan:
     """
 
     preset: Positional[str]
-    """Model: demo, small, elastictok_fsq_200m or elastictok_vae_200m."""
+    """Model: demo, small or another of those that `elastictok zoo` lists, or FILE.py:NAME."""
     topology: str
     """Devices: v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1 or the like, or cpu:8."""
     mesh: str | None = None
@@ -185,6 +207,22 @@ class Plan:
         from ._plan import plan
 
         plan(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Zoo:
+    """List the models that can be trained by name, and the quantizers to put into them; or say all
+    about one model."""
+
+    preset: Positional[str | None] = None
+    """Only this one, or FILE.py:NAME; all by default."""
+    json: Path | None = None
+    """File to write the figures to."""
+
+    def run(self) -> None:
+        from ._zoo import zoo
+
+        zoo(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,6 +292,9 @@ class Encode:
     window: int | None = None
     """Blocks that a block sees, itself included; the model's context by default. Memory for as many
     as the clip has is reserved, so choose fewer for a large model and a long clip."""
+    code: Code = ()
+    """Python file with classes of your own that the model is made of, which is imported; may be
+    given several times."""
 
     def run(self) -> None:
         from ._tokens import encode
@@ -273,6 +314,9 @@ class Decode:
     """Picture (.png, .jpg, .webp) or clip (.mp4) to write."""
     length: int | None = None
     """Use at most so many tokens of each block."""
+    code: Code = ()
+    """Python file with classes of your own that the model is made of, which is imported; may be
+    given several times."""
 
     def run(self) -> None:
         from ._tokens import decode
@@ -333,6 +377,9 @@ class Eval:
     out. By default 4, or as many as the exhaustive optimum is done with in ten minutes."""
     strategy_frames: int = 16
     """Compare them on no more than the first so many frames of a clip."""
+    code: Code = ()
+    """Python file with classes of your own that the model is made of, which is imported; may be
+    given several times."""
 
     def run(self) -> None:
         from ._eval import evaluate_folders
@@ -375,6 +422,9 @@ class TrainRegressor:
     """Training steps."""
     seed: int = 0
     """Of the weights, the order of the data, crops and what is held out."""
+    code: Code = ()
+    """Python file with classes of your own that the model is made of, which is imported; may be
+    given several times."""
 
     def run(self) -> None:
         from ._regressor import train_regressor
@@ -464,6 +514,9 @@ class DataTokenize:
     shard_items: int | None = None
     """Pictures and clips that go into one shard file; by default a 32nd of all, between 16 and
     1024."""
+    code: Code = ()
+    """Python file with classes of your own that the model is made of, which is imported; may be
+    given several times."""
 
     def run(self) -> None:
         from ._tokenize import tokenize_data
@@ -485,8 +538,37 @@ class Data:
         self.command.run()
 
 
+@dataclasses.dataclass(frozen=True)
+class Reproduce:
+    """Make published results again from nothing: trains, measures, and writes tables and pictures.
+
+    zoo-small: every small tokenizer (elastic_*, register_*, coord_*), all trained with equally many
+    floating-point operations on photographs that come with scikit-image and clips made from them,
+    then measured on others: about 20 minutes on two cores. Called again, it goes on.
+    """
+
+    what: Positional[str]
+    """Which results: zoo-small."""
+    out: Output
+    """Folder for tables (zoo-small.md, zoo-small.json), pictures (gallery.md) and models."""
+    budget: float = 2.0
+    """Training of each tokenizer, in units of 10^12 floating-point operations (matrix products of
+    the compiled step): 2 is about 40 seconds on two cores. Twice as much takes twice as long to
+    train, and the same time to compile and measure, about 25 seconds a tokenizer."""
+    presets: tuple[str, ...] = ()
+    """Only these tokenizers; all by default."""
+    seed: int = 0
+    """Of the weights, the order of the data, the kept lengths and the photographs' crops."""
+
+    def run(self) -> None:
+        from ._reproduce import reproduce
+
+        reproduce(self)
+
+
 COMMANDS = {
     "demo": Demo,
+    "zoo": Zoo,
     "data": Data,
     "train": Train,
     "plan": Plan,
@@ -496,4 +578,5 @@ COMMANDS = {
     "inspect": Inspect,
     "eval": Eval,
     "train-regressor": TrainRegressor,
+    "reproduce": Reproduce,
 }

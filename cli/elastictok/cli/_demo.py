@@ -9,11 +9,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
 from elastictok.data import Geometry, RandomCrop, load_folders, write_clip, write_picture
 from elastictok.eval import Evaluation, Item, length_settings, threshold_settings
 from elastictok.inference import MSE, FixedLength, Tokenizer
-from elastictok.models import ElasticTok, UniformDrop, WithFull, presets
+from elastictok.models import AbstractTailDrop, ElasticTok, UniformDrop, WithFull, presets
 from elastictok.train import Cosine, fit, muon
 
 from ._commands import Demo
@@ -47,7 +49,15 @@ def demo(command: Demo) -> None:
     )
 
     say(f"2/3 Training {command.steps} steps")
-    model = train(command, model, samples)
+    model = train(
+        model,
+        samples,
+        out=out,
+        steps=command.steps,
+        tail_drop=WithFull(UniformDrop(), FULL_SHARE),
+        seed=command.seed,
+        save_every=command.steps,
+    )
     trained = time.perf_counter()
 
     test = f"{len(samples.pictures)} crops of {len(TEST)} photographs"
@@ -71,26 +81,46 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def train(command: Demo, model: ElasticTok, samples: Samples) -> ElasticTok:
-    """The run: `command.out` becomes a run folder."""
+def train(
+    model: ElasticTok,
+    samples: Samples,
+    *,
+    out: Path,
+    steps: int,
+    tail_drop: AbstractTailDrop,
+    seed: int,
+    save_every: int,
+    batch_size: int = BATCH_SIZE,
+    image_share: float | int = IMAGE_SHARE,
+    mesh: Mesh | None = None,
+    resume: bool = False,
+) -> ElasticTok:
+    """Trains on the samples; `out` becomes a run folder. What the arguments mean, `fit` says."""
     dataset = load_folders(
         samples.train,
         Geometry(model.size, model.frames_per_block, model.context, FPS),
         crop=RandomCrop(0.25, 1.0),
-        batch_size=BATCH_SIZE,
-        image_share=IMAGE_SHARE,
-        seed=command.seed,
+        batch_size=batch_size,
+        image_share=image_share,
+        seed=seed,
     )
     return fit(
         model,
         dataset,
-        steps=command.steps,
-        out=command.out,
-        optimizer=muon(schedule=Cosine(command.steps, warmup=min(20, command.steps // 10))),
-        tail_drop=WithFull(UniformDrop(), FULL_SHARE),
-        seed=command.seed,
-        save_every=command.steps,
+        steps=steps,
+        out=out,
+        optimizer=optimizer(steps),
+        tail_drop=tail_drop,
+        seed=seed,
+        save_every=save_every,
+        mesh=mesh,
+        resume=resume,
     )
+
+
+def optimizer(steps: int) -> optax.GradientTransformation:
+    """What models are trained with on the samples: Muon over a cosine with a short warm-up."""
+    return muon(schedule=Cosine(steps, warmup=min(20, steps // 10)))
 
 
 def write_tokens(model: ElasticTok, samples: Samples, out: Path) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 from elastictok.data import Clip, MediaReader, find_media
 from elastictok.eval import Evaluation, Item, share_settings, threshold_settings
 from elastictok.inference import MSE, FixedLength, Tokenizer
-from elastictok.models import ElasticTok, load
+from elastictok.models import ElasticTok
 
 from ._commands import Eval
 from ._report import baselines_for, measured, publish
 from ._strategies import ENCODE_ONCE_NOTE, NOTE, comparison, evenly
+from ._user import load_model
 
 _SHOWN = 6
 
@@ -18,7 +19,7 @@ _SHOWN = 6
 def evaluate_folders(command: Eval) -> None:
     """Measures a model on files and writes the report."""
     command.out.mkdir(parents=True, exist_ok=True)
-    model = load(command.model)
+    model = load_model(command.model, command.code)
     tokenizer = Tokenizer(model, FixedLength(length=model.max_tokens))
     kinds = _read(command, command.data)
     fitted = _read(command, command.baseline_data) if command.baseline_data else kinds

@@ -31,7 +31,7 @@ def plan(command: Plan) -> None:
         topology_devices,
     )
 
-    from ._models import make_model, remat_policy
+    from ._models import find_preset, make_model, remat_policy
 
     if command.sequence_length is not None and command.context is not None:
         raise ValueError(
@@ -55,6 +55,7 @@ def plan(command: Plan) -> None:
         context=context,
         optimizer=adamw(1e-3) if command.optimizer == "adamw" else muon(),
         accumulate=command.accumulate,
+        tail_drop=find_preset(command.preset).tail_drop,
         remat=None if command.remat is None else remat_policy(command.remat),
         average=Average(0.999) if command.average else None,
     )

@@ -19,11 +19,12 @@ from elastictok.inference import (
     calibrate,
     least_clips,
 )
-from elastictok.models import ElasticTok, load
+from elastictok.models import ElasticTok
 from elastictok.train import fit_scorer, score_targets
 
 from ._commands import TrainRegressor
 from ._strategies import evenly
+from ._user import load_model
 
 Clips = list[np.ndarray]
 
@@ -36,7 +37,7 @@ def train_regressor(command: TrainRegressor) -> None:
         raise ValueError(
             f"--steps is {command.steps} and --context {command.context}; both must be at least 1"
         )
-    model = load(command.model)
+    model = load_model(command.model, command.code)
     tokenizer = Tokenizer(model, Binary(criterion))
     learnt, held_out = _clips(command)
     if len(held_out) < needed:

@@ -9,11 +9,12 @@ import jax
 
 from elastictok.data import Clip, TokenRecord, tokenize
 from elastictok.inference import SCORER_FILE, Tokenizer, Tokens
-from elastictok.models import file_sha256, load
+from elastictok.models import file_sha256
 
 from ._commands import DataTokenize
 from ._data import Teller, parse_shard
 from ._lengths import check_lengths, make_strategy
+from ._user import load_model
 
 
 def tokenize_data(command: DataTokenize) -> None:
@@ -64,7 +65,7 @@ class _Encoder:
 
 
 def _tokenizer(command: DataTokenize) -> Tokenizer:
-    model = load(command.model)
+    model = load_model(command.model, command.code)
     strategy = make_strategy(command.lengths, model, command.window)
     return Tokenizer(model, strategy, window=command.window, native=command.native)
 

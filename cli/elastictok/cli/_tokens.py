@@ -6,10 +6,10 @@ from rich.table import Table
 
 from elastictok.data import CLIPS, read_media, write_clip, write_picture
 from elastictok.inference import FixedLength, TokenFile, TokenIndex, Tokenizer, Tokens
-from elastictok.models import load
 
 from ._commands import Decode, Encode, Inspect
 from ._lengths import check_lengths, make_strategy
+from ._user import load_model
 
 _DEFAULT_FPS = 8.0
 
@@ -22,7 +22,7 @@ def encode(command: Encode) -> None:
         )
     lengths = command.lengths
     check_lengths(lengths)
-    model = load(command.model)
+    model = load_model(command.model, command.code)
     strategy = make_strategy(lengths, model, command.window)
     tokenizer = Tokenizer(model, strategy, window=command.window, native=command.native)
     clip = read_media(command.input, fps=command.fps, max_frames=command.max_frames)
@@ -48,7 +48,9 @@ def decode(command: Decode) -> None:
         )
     if command.length is not None:
         tokens = tokens.truncate(command.length)
-    tokenizer = Tokenizer(load(command.model), FixedLength(length=1), window=tokens.window)
+    tokenizer = Tokenizer(
+        load_model(command.model, command.code), FixedLength(length=1), window=tokens.window
+    )
     frames = tokenizer.decode(tokens)
     if clip:
         write_clip(command.out, frames, tokens.fps or _DEFAULT_FPS)

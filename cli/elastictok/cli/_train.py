@@ -35,9 +35,6 @@ from elastictok.models import (
     ElasticTok,
     FixedDrop,
     Local,
-    LogUniformDrop,
-    UniformDrop,
-    load,
     with_compute_dtype,
 )
 from elastictok.train import (
@@ -68,13 +65,16 @@ from elastictok.train import (
 
 from ._commands import Train
 from ._data import weighted
-from ._models import make_model, remat_policy, with_context
+from ._models import TAIL_DROPS, find_preset, make_model, remat_policy, with_context
+from ._names import SETTINGS
 from ._processes import join_processes
+from ._user import file_of, load_model, names_file
 
-SETTINGS = "train.json"
 _STEPS, _OVERFIT_STEPS = 20_000, 1_000
 _LEARNT = 1e-3  # mean squared error of a batch that was learnt by heart
 _VALIDATION_FRAMES = 32  # of each clip
+_POLICY = "tail_drop_policy"  # what the flags, or the preset, came to
+_TAIL_DROP_FLAGS = {"tail_drop", "length", "condition_dropout"}
 # A resumed run may change these; all else decides what the batches and the model are.
 _FREE = {
     "out",
@@ -84,6 +84,7 @@ _FREE = {
     "log_every",
     "trackers",
     "init_from",
+    "code",
     "mesh",
     "remat",
     "coordinator",
@@ -99,7 +100,8 @@ _FREE = {
 def train(command: Train) -> None:
     """Trains what the command asks for, and says at the end what was read and skipped."""
     join_processes(command.coordinator, command.processes, command.process)
-    settings = _settings(command)
+    tail_drop = _tail_drop(command)
+    settings = _settings(command, tail_drop)
     if command.overfit_one and (command.resume or command.stages):
         raise ValueError("--overfit-one is a quick trial; leave out --resume and --stages")
     if command.resume:
@@ -138,7 +140,7 @@ def train(command: Train) -> None:
             Stage(dataset, part.steps, _optimizer(command, part), part.context)
             for dataset, part in zip(datasets, parts, strict=True)
         ],
-        tail_drop=_tail_drop(command),
+        tail_drop=tail_drop,
         resume=command.resume,
         validate=_validation(command),
         **shared,
@@ -316,7 +318,8 @@ def _start(command: Train, mesh: Mesh) -> ElasticTok:
                 "--quantizer makes a new quantizer, and --init-from brings a trained one; give one "
                 "of them"
             )
-        model = load(command.init_from)
+        own = (file_of(command.preset),) if names_file(command.preset) else ()
+        model = load_model(command.init_from, (*own, *command.code))
         if command.context is not None:
             model = with_context(model, command.context)
     return with_compute_dtype(model, jnp.dtype(command.precision))
@@ -343,7 +346,18 @@ def _optimizer(command: Train, part: _Part) -> optax.GradientTransformation:
 
 
 def _tail_drop(command: Train) -> AbstractTailDrop:
-    drawn = UniformDrop() if command.tail_drop == "uniform" else LogUniformDrop()
+    """As asked for, or the preset's own."""
+    if (command.tail_drop == "fixed") != (command.length is not None):
+        raise ValueError(
+            "--length is for --tail-drop fixed, which needs it: --tail-drop fixed --length 32"
+        )
+    preset = find_preset(command.preset)
+    if command.length is not None:
+        drawn = FixedDrop(command.length)
+    elif command.tail_drop is not None:
+        drawn = TAIL_DROPS[command.tail_drop]
+    else:
+        drawn = preset.tail_drop
     share = command.condition_dropout
     return ConditionDropout(drawn, share) if share else drawn
 
@@ -354,9 +368,10 @@ def _tracker(name: str, command: Train, settings: dict[str, Any]) -> AbstractTra
     return WeightsAndBiases(project="elastictok", config=settings)
 
 
-def _settings(command: Train) -> dict[str, Any]:
+def _settings(command: Train, tail_drop: AbstractTailDrop) -> dict[str, Any]:
     """The resolved command as JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(command), default=os.fspath))
+    settings = json.loads(json.dumps(dataclasses.asdict(command), default=os.fspath))
+    return settings | {_POLICY: repr(tail_drop)}
 
 
 def _check_unchanged(out: Path, settings: dict[str, Any]) -> None:
@@ -364,12 +379,16 @@ def _check_unchanged(out: Path, settings: dict[str, Any]) -> None:
         return
     before = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
     for name, value in settings.items():
-        if name not in _FREE and name in before and before[name] != value:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{out} was trained with {flag} {before[name]}, now it is {value}; resume with the "
-                "same settings, or start a new run with --init-from"
-            )
+        if name in _FREE or name not in before or before[name] == value:
+            continue
+        # Which flags led to it, or a preset, does not matter.
+        if name in _TAIL_DROP_FLAGS and _POLICY in before:
+            continue
+        flag = "the policy" if name == _POLICY else "--" + name.replace("_", "-")
+        raise ValueError(
+            f"{out} was trained with {flag} {before[name]}, now it is {value}; resume with the "
+            "same settings, or start a new run with --init-from"
+        )
 
 
 def _write(path: Path, settings: dict[str, Any]) -> None:

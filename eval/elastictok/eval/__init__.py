@@ -33,6 +33,7 @@ from ._evaluate import (
 )
 from ._json import to_json, write_json
 from ._lpips import LPIPS, VGG16, AbstractFeatures, AlexNet, load_lpips
+from ._markdown import format_markdown
 from ._metrics import (
     mse,
     mse_per_frame,
@@ -137,6 +138,7 @@ __all__ = [
     "fit_baselines",
     "fit_block_dct",
     "fit_patch_pca",
+    "format_markdown",
     "format_table",
     "length_settings",
     "load_lpips",
