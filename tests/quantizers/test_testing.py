@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 
 from elastictok.quantizers import (
+    BSQ,
     FSQ,
     LFQ,
+    VQ,
     AbstractDiscreteQuantizer,
     GaussianVAE,
     Identity,
+    Projected,
     QuantizerOutput,
     Residual,
+    RotationTrick,
     straight_through,
 )
 from elastictok.quantizers.testing import (
@@ -319,6 +323,17 @@ def test_check_quantizer_runs_every_property():
     with pytest.raises(AssertionError, match="Doubled fails gradient_is_as_given"):
         check_quantizer(Doubled(), samples=random_samples(DIM, tokens=4, n=1))
     check_quantizer(Doubled(), gradient=elementwise(lambda z: 2 + 0 * z))
+
+
+def test_the_gradient_is_straight_through_unless_a_formula_is_given():
+    sample = random_samples(6, n=1)[0]
+    for quantizer in (FSQ((8, 8, 8, 5, 5, 5)), BSQ(6), LFQ(6), GaussianVAE(3)):
+        properties(quantizer)["gradient_is_as_given"](sample)
+    rotated = VQ(8, 6, key=jax.random.key(0), estimator=RotationTrick())
+    projected = Projected(6, LFQ(3), 4, key=jax.random.key(0))
+    for quantizer in (rotated, projected):
+        with pytest.raises(AssertionError, match="or pass gradient="):
+            properties(quantizer)["gradient_is_as_given"](sample)
 
 
 def test_what_is_not_claimed_is_not_asked():
