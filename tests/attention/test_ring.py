@@ -32,6 +32,7 @@ def found(*arguments: str) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.heavy
 def test_both_layouts_are_the_reference():
     errors = found()["both layouts"]
     assert len(errors) == 4

@@ -67,6 +67,7 @@ def test_training_leaves_a_run_folder_that_is_a_model_folder(run):
     assert json.loads((run / "train.json").read_text())["batch_size"] == 2
 
 
+@pytest.mark.heavy
 def test_a_run_is_resumed_only_when_asked_and_with_the_same_settings(
     run, media, tmp_path, run_program
 ):

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastictok.models import Patching
@@ -9,6 +9,7 @@ from elastictok.models import Patching
 sizes = st.tuples(*[st.integers(1, 3)] * 3)
 
 
+@settings(max_examples=8)
 @given(patch=sizes, grid=sizes)
 def test_patches_are_the_cells_and_unpatch_restores_them(patch, grid):
     patching = Patching(*patch)

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastictok.models import Cells, CoarseToFine, PlaceEmbedding, Raster
@@ -14,6 +14,7 @@ def coordinates_of(order, grid):
     return Cells(order, grid).coordinates(jnp.arange(int(np.prod(grid))))
 
 
+@settings(max_examples=8)
 @given(grid=grids, order=st.sampled_from([Raster(), CoarseToFine()]))
 def test_coordinates_are_the_middles_of_the_cells_in_token_order(grid, order):
     coordinates = coordinates_of(order, grid)

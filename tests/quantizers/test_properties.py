@@ -188,6 +188,12 @@ PROPERTIES = {
 }
 # Of those that are much like another one, which the plain run has.
 HEAVY = {
+    "vq_cosine_gradient",
+    "residual_simvq",
+    "residual_vq_start",
+    "simvq_rotation",
+    "bsq_one",
+    "grouped_one_stage",
     "fsq_two",
     "fsq_fine",
     "fsq_large",
@@ -239,7 +245,7 @@ def samples(width: int) -> st.SearchStrategy[Sample]:
 )
 def test_property(name, check):
     strategy = samples(CASES[name].quantizer.input_dim)
-    few = settings(max_examples=FEW.get(check, settings.default.max_examples))
+    few = settings(max_examples=FEW.get(check, 8))
     few(given(sample=strategy)(lambda sample: PROPERTIES[name, check](sample)))()
 
 

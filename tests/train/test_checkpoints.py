@@ -193,6 +193,7 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(copied, change, messa
     checkpoints.close()
 
 
+@pytest.mark.heavy
 def test_a_full_disk_fails_in_one_line_and_leaves_what_was_there(tmp_path, capfd):
     """A limit on file sizes stands for the full disk: writes fail half way through."""
     folder = tmp_path / "checkpoints"

@@ -184,6 +184,7 @@ def test_without_errors_a_step_says_what_is_missing():
         )
 
 
+@pytest.mark.heavy
 def test_a_resumed_run_is_the_whole_run(tmp_path):
     settings: dict[str, Any] = {
         "tail_drop": ConditionDropout(InformationDrop(0.4), 0.5),

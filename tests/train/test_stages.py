@@ -68,6 +68,7 @@ def test_steps_are_counted_through_and_compiled_once_per_stage(whole):
     assert latest_step(out) == 9
 
 
+@pytest.mark.heavy
 def test_a_stage_starts_from_the_weights_of_the_last(whole):
     """The first stage is a run by itself, and the second one starts as such a run did, but with
     those weights and at its own step."""

@@ -12,8 +12,6 @@ from elastictok.models import ElasticTok, FixedDrop, count_parameters, load, mod
 from elastictok.models.presets import PRESETS
 from elastictok.train import adamw, data_mesh, fit
 
-# Those that compile fast, a few kinds of model; the others are left to the long run of the tests.
-QUICK = {"elastic_image", "elastic_video", "register_tokens"}
 # A model of more parameters is not trained here.
 MOST_PARAMETERS = 20_000_000
 STEPS = 50
@@ -26,10 +24,13 @@ def shapes(name: str) -> ElasticTok:
 
 
 TRAINED = [name for name in PRESETS if count_parameters(shapes(name)) < MOST_PARAMETERS]
-each_trained = pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.heavy]) for n in TRAINED],
-)
+# The first of those that differ in their training only.
+MODELS = list({PRESETS[name].make: name for name in reversed(TRAINED)}.values())
+
+
+def each(names: list[str], quick: set[str]) -> pytest.MarkDecorator:
+    marked = [pytest.param(n, marks=[] if n in quick else [pytest.mark.heavy]) for n in names]
+    return pytest.mark.parametrize("name", marked)
 
 
 def waves(model: ElasticTok, *, examples: int, blocks: int) -> np.ndarray:
@@ -66,7 +67,7 @@ def reconstructed(model: ElasticTok, clips: jax.Array, lengths: jax.Array) -> ja
     return jax.vmap(model)(clips, lengths).pixels
 
 
-@each_trained
+@each(TRAINED, {"elastic_image"})
 def test_a_preset_learns_with_its_own_tail_drop(name):
     preset = PRESETS[name]
     model = preset.make(key=jax.random.key(0))
@@ -94,7 +95,7 @@ def test_a_preset_learns_with_its_own_tail_drop(name):
     assert all(a < b / FACTOR for a, b in zip(after, before, strict=True)), (before, after)
 
 
-@each_trained
+@each(MODELS, {"elastic_image", "register_tokens"})
 def test_a_preset_encodes_saves_loads_and_decodes(name, tmp_path):
     model = PRESETS[name].make(key=jax.random.key(1))
     save(model, tmp_path / "model")
