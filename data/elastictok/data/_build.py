@@ -295,7 +295,8 @@ class _Crew:
         self, pool: concurrent.futures.ProcessPoolExecutor, task: Task
     ) -> "concurrent.futures.Future[None]":
         fatal = tuple(self._fatal.get(task.index, ()))
-        return pool.submit(_task_of_worker, task.index, self._make, fatal)
+        with _interruptions_held_back():  # the first task of a pool begins its processes
+            return pool.submit(_task_of_worker, task.index, self._make, fatal)
 
     def _tell_now_and_then(self) -> None:
         if time.monotonic() - self._told >= 1:
@@ -319,6 +320,17 @@ class _Crew:
             )
 
 
+@contextlib.contextmanager
+def _interruptions_held_back() -> Iterator[None]:
+    """Processes that begin meanwhile are born with interruptions held back, until they ignore
+    them: else one that is still importing would tell of it at length."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _kill(pool: concurrent.futures.ProcessPoolExecutor) -> None:
     """Ends the processes now: what they were at is begun again another time."""
     for process in list((pool._processes or {}).values()):
@@ -332,6 +344,7 @@ def _begin_worker(out: Path, counters: _Counters) -> None:
     global _worker
     # An interruption on the terminal reaches all processes; the first one deals with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = Plan(out), counters
 
