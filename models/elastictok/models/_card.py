@@ -1,11 +1,13 @@
 """Model cards: what somebody who finds a model folder should know."""
 
+import jax
+
 from elastictok.quantizers import AbstractDiscreteQuantizer
 
 from ._decoder import AbstractDecoder
 from ._elastictok import ElasticTok
 from ._encoder import AbstractEncoder
-from ._transformer import count_parameters
+from ._transformer import CrossTransformer, Transformer, count_parameters
 
 # The last line of a card that may be written again.
 MARK = "<!-- Written by elastictok. Remove this line to keep what you change. -->"
@@ -86,10 +88,13 @@ loaded.
 
 
 def _side(side: AbstractEncoder | AbstractDecoder) -> str:
-    layers = side.transformer.depth
+    kinds = (Transformer, CrossTransformer)
+    nodes = jax.tree.leaves(side, is_leaf=lambda node: isinstance(node, kinds))
+    depths = [node.depth for node in nodes if isinstance(node, kinds)]
     return (
-        f"{type(side).__name__}, {count_parameters(side):,} parameters, {layers} "
-        f"layer{'s' * (layers > 1)} of width {side.transformer.dim}"
+        f"{type(side).__name__}, {count_parameters(side):,} parameters, "
+        f"{' + '.join(map(str, depths))} layer{'s' * (sum(depths) > 1)} of width "
+        f"{side.transformer.dim}"
     )
 
 
