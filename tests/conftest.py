@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # deadline=None: the first call of a jitted function compiles, and is hundreds of times slower than
-# the next. Derandomised under CI, so that a red run can be repeated.
+# the next. Derandomised under CI, so that a red run can be repeated; there, what ran once with all
+# examples is run in other environments with fewer.
 settings.register_profile(
     "elastictok",
     deadline=None,
     derandomize="CI" in os.environ,
-    max_examples=25,
+    max_examples=int(os.environ.get("ELASTICTOK_EXAMPLES", "25")),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("elastictok")

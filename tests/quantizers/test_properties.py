@@ -245,7 +245,7 @@ def samples(width: int) -> st.SearchStrategy[Sample]:
 )
 def test_property(name, check):
     strategy = samples(CASES[name].quantizer.input_dim)
-    few = settings(max_examples=FEW.get(check, 8))
+    few = settings(max_examples=min(FEW.get(check, 8), settings.default.max_examples))
     few(given(sample=strategy)(lambda sample: PROPERTIES[name, check](sample)))()
 
 
