@@ -402,7 +402,7 @@ reconstruct = eqx.filter_jit(lambda m, x, n, v, key: m.reconstruct(x, n, None, v
 
 
 def test_a_sample_of_everything_is_everything(noise):
-    valid = jnp.array([True, True, False])
+    valid = jnp.array([False, True, True])
     args = noise(12, 6, 16, 16, 3), jnp.array([3, 5, 7]), valid, jax.random.key(0)
     quantizer = FSQ((5, 5, 5))
     whole = reconstruct(coordinates(quantizer=quantizer), *args)
@@ -433,6 +433,14 @@ def test_what_is_compared_is_the_patch_asked_for(noise):
             [at] = np.flatnonzero((originals == mine).all(axis=1))
             theirs = np.asarray(prediction[:, :, left : left + 4]).reshape(-1)
             np.testing.assert_allclose(theirs, made[at], atol=1e-5)
+
+
+def test_blocks_that_are_not_there_change_nothing(noise):
+    """A first block is the same to a decoder that could look back: its queries stand among its own
+    latents."""
+    pixels, lengths = noise(18, 2, 16, 16, 3), jnp.array([7])
+    near, far = (run(coordinates(reach=reach), pixels, lengths).pixels for reach in (1, 3))
+    np.testing.assert_allclose(near, far, atol=1e-5)
 
 
 def test_registers_are_as_many_for_any_size(models, noise):
