@@ -155,12 +155,7 @@ class Transformer(eqx.Module):
         - `dtype`: of matrix products and attention.
         - `remat`: keep only each layer's input for the backward pass and compute the rest again.
         """
-        check_sizes(dim, layers, heads)
-
-        def make(key: Key[Array, ""]) -> Layer:
-            return Layer(dim, hidden, heads, eps=eps, std=std, key=key)
-
-        self.layers = eqx.filter_vmap(make)(jax.random.split(key, layers))
+        self.layers = _stacked(dim, hidden, layers, heads, eps=eps, std=std, key=key)
         self.rotary = rotary
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
@@ -297,12 +292,7 @@ class CrossTransformer(eqx.Module):
         key: Key[Array, ""],
     ):
         """**Arguments:** as of `Transformer`."""
-        check_sizes(dim, layers, heads)
-
-        def make(key: Key[Array, ""]) -> Layer:
-            return Layer(dim, hidden, heads, eps=eps, std=std, key=key)
-
-        self.layers = eqx.filter_vmap(make)(jax.random.split(key, layers))
+        self.layers = _stacked(dim, hidden, layers, heads, eps=eps, std=std, key=key)
         self.rotary = rotary
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
@@ -380,8 +370,20 @@ def with_dtype(stack: Stack, dtype: DTypeLike) -> Stack:
     return new
 
 
-def check_sizes(dim: int, layers: int, heads: int) -> None:
-    """**Raises:** `ValueError` for layers that cannot be made."""
+def _stacked(
+    dim: int,
+    hidden: int,
+    layers: int,
+    heads: int,
+    *,
+    eps: float,
+    std: float,
+    key: Key[Array, ""],
+) -> Layer:
+    """Equal layers, their parameters stacked.
+
+    **Raises:** `ValueError` for layers that cannot be made.
+    """
     if layers < 1:
         raise ValueError(f"layers is {layers}; it must be at least 1")
     if dim % heads or (dim // heads) % 2:
@@ -389,6 +391,11 @@ def check_sizes(dim: int, layers: int, heads: int) -> None:
             f"dim {dim} over {heads} heads is not an even whole number; choose heads so that "
             "dim / heads is even"
         )
+
+    def make(key: Key[Array, ""]) -> Layer:
+        return Layer(dim, hidden, heads, eps=eps, std=std, key=key)
+
+    return eqx.filter_vmap(make)(jax.random.split(key, layers))
 
 
 def _heads(x: Float[Array, "tokens dim"], heads: int) -> Float[Array, "tokens heads head_dim"]:
